@@ -1,0 +1,173 @@
+"""The collective form: one mini-batch per device, the traffic of an ordinary all-reduce.
+
+Instead of sending the validation gradient to everyone and then reducing (two gradients' worth of
+traffic), devices exchange shards: each gets one shard of all k gradients (all-to-all), computes
+that shard's part of the inner products, adds the parts up (a psum of a few scalars per mini-batch),
+forms the weighted sum of its shard and gathers the shards of the others (all-gather). The two
+exchanges move the bytes of the reduce-scatter and the all-gather that an all-reduce consists of.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_bilevel import _inner_products, _rule
+from optax_bilevel._inner_products import Groups, PyTree
+
+AxisName = Any  # a mesh or pmap axis name, or a tuple of them
+
+# Shards are padded to a multiple of this, or XLA turns the final all-gather into an all-reduce.
+_ALIGNMENT = 1024
+
+
+def bilevel_pmean(
+    grads: PyTree,
+    axis_name: AxisName,
+    lam: Any = 1.0,
+    mu: Any = 0.01,
+    *,
+    num_validation: int = 1,
+    solver: str = "diagonal",
+    normalize: bool = True,
+    nonnegative: bool = False,
+    groups: Groups = None,
+    example_axis: AxisName | None = None,
+    return_weights: bool = False,
+) -> Any:
+    """Stands where ``jax.lax.pmean(grads, axis_name)`` stood, and returns the reweighted gradient.
+
+    Every device along `axis_name` brings the gradient of its own mini-batch; the first
+    `num_validation` devices hold the validation mini-batches. All devices get
+    Σ_i ω̂_i g_i of eq. (10) or (8). Moves as many bytes as `jax.lax.pmean` does, and holds two
+    gradient-sized buffers beside the gradient. Works inside `jax.shard_map` and `jax.pmap`.
+
+    Args:
+        grads: this device's gradients, leaves [*shape].
+        axis_name: the axis (or tuple of axes) along which there is one mini-batch per device, k of
+            them.
+        lam, mu, num_validation, solver, normalize, nonnegative, groups: as in `bilevel_reweight`.
+        example_axis: a second axis (or tuple) over which the examples of one mini-batch are spread;
+            the gradients are averaged over it, without extra traffic.
+        return_weights: also return ω̂.
+
+    Returns:
+        Reweighted gradients, leaves [*shape] of the dtypes of `grads`, the same on every device;
+        with `return_weights` a pair of them and ω̂, [k] or [groups, k].
+
+    Raises:
+        ValueError: at trace time for a hyper-parameter out of range, k ≤ num_validation, a leaf
+            that is not floating point, and, inside `jax.shard_map`, for a gradient that
+            is already the same on all devices.
+
+    Warning:
+        `jax.shard_map` (with its default ``check_vma=True``) sums gradients with respect to
+        *replicated* parameters over all devices by itself, so that the mini-batches can no longer
+        be told apart. Differentiate with respect to
+        ``jax.lax.pcast(params, axis_name, to="varying")``; anything else is an error here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax_bilevel
+        >>> from jax.sharding import PartitionSpec as P
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("batch",))
+        >>> def grad_step(params, batch):
+        ...     params = jax.lax.pcast(params, "batch", to="varying")
+        ...     grads = jax.grad(lambda w: jnp.mean((batch[0] @ w) ** 2))(params)
+        ...     return optax_bilevel.bilevel_pmean(grads, "batch")
+        >>> step = jax.jit(jax.shard_map(grad_step, mesh=mesh,
+        ...                              in_specs=(P(), P("batch")), out_specs=P()))
+        >>> k = jax.device_count()  # one mini-batch per device
+        >>> if k > 1:
+        ...     grads = step(jnp.ones(3), jnp.ones((k, 4, 3)))
+    """
+    rule = _rule.Rule(lam, mu, num_validation, solver, normalize, nonnegative)
+    _inner_products.check_groups(groups)
+    _inner_products.check_masked(grads, allow_masked=False)
+    _inner_products.check_inexact(grads)
+    _check_varying(grads, axis_name)
+    k = jax.lax.axis_size(axis_name)
+    if k <= num_validation:
+        raise ValueError(
+            f"axis {axis_name!r} has {k} devices, one mini-batch each, and num_validation = "
+            f"{num_validation} leaves none to train on: it needs at least {num_validation + 1}"
+        )
+    leaves, treedef = jax.tree.flatten(grads)
+    if not leaves:
+        return (grads, jnp.zeros((k,))) if return_weights else grads
+    spread = 1 if example_axis is None else jax.lax.axis_size(example_axis)
+    grouping = _inner_products.resolve_groups(grads, groups)
+
+    # One flat buffer per dtype, [spread, k, shard]; a shard holds a piece of every leaf, so that
+    # leaves, and with them groups, lie at the same place in every shard.
+    stacks: list[Any] = [None] * len(leaves)
+    layouts = {}
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
+        indices = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
+        pieces = [_pieces(leaves[i], spread, k) for i in indices]
+        widths = [piece.shape[-1] for piece in pieces]
+        padding = -sum(widths) % _ALIGNMENT
+        buffer = jnp.concatenate([*pieces, jnp.zeros((spread, k, padding), dtype)], axis=-1)
+        if example_axis is not None:
+            buffer = jax.lax.psum_scatter(buffer, example_axis, tiled=True) / spread
+        shards = jax.lax.all_to_all(buffer[0], axis_name, 0, 0, tiled=True)
+        offsets = [sum(widths[:n]) for n in range(len(widths))]
+        for i, offset, width in zip(indices, offsets, widths, strict=True):
+            stacks[i] = shards[:, offset : offset + width]
+        layouts[dtype] = (indices, offsets, widths, padding)
+
+    everywhere = _axes(axis_name) + (() if example_axis is None else _axes(example_axis))
+    products = jax.lax.psum(
+        _inner_products.stack_products(
+            stacks, grouping, num_validation, with_gram=solver == "exact"
+        ),
+        everywhere,
+    )
+    weights = _rule.weigh(products, rule)
+    sums = _inner_products.weighted_sum(stacks, weights.values, grouping)
+
+    results: list[Any] = [None] * len(leaves)
+    for dtype, (indices, offsets, widths, padding) in layouts.items():
+        shard = jnp.concatenate(
+            [*(sums[i].astype(dtype) for i in indices), jnp.zeros((padding,), dtype)]
+        )
+        full = jax.lax.all_gather(shard, axis_name, to="invarying")
+        full = full.reshape(1, k, -1)
+        if example_axis is not None:
+            full = jax.lax.all_gather(full[0], example_axis, to="invarying")
+        for i, offset, width in zip(indices, offsets, widths, strict=True):
+            flat = full[:, :, offset : offset + width].reshape(-1)
+            results[i] = flat[: leaves[i].size].reshape(leaves[i].shape)
+    reweighted = treedef.unflatten(results)
+    return (reweighted, grouping.present(weights.values)) if return_weights else reweighted
+
+
+def _axes(axis_name: AxisName) -> tuple[Any, ...]:
+    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+
+
+def _pieces(leaf: jax.Array, spread: int, k: int) -> jax.Array:
+    """A leaf cut into spread × k equal pieces, the last ones padded with zeros."""
+    width = math.ceil(leaf.size / (spread * k))
+    flat = jnp.pad(leaf.reshape(-1), (0, spread * k * width - leaf.size))
+    return flat.reshape(spread, k, width)
+
+
+def _check_varying(grads: PyTree, axis_name: AxisName) -> None:
+    """Raises ValueError where shard_map's autodiff has already summed a gradient over devices."""
+    for axis in _axes(axis_name):
+        if axis not in _varying_axes(jax.lax.axis_index(axis)):
+            continue  # pmap, or shard_map(check_vma=False): nothing is tracked, nothing is summed
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+            if axis not in _varying_axes(leaf):
+                raise ValueError(
+                    f"gradient leaf {_inner_products.path_name(path)} is the same on all devices "
+                    f"of axis {axis!r}: inside jax.shard_map, gradients with respect to replicated "
+                    "parameters are summed over the devices. Differentiate with respect to "
+                    f'jax.lax.pcast(params, {axis!r}, to="varying") instead'
+                )
+
+
+def _varying_axes(x: jax.Array) -> frozenset[Any]:
+    """The mapped axes along which `x` is known to differ."""
+    return jax.typeof(x).manual_axis_type.varying

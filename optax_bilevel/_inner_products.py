@@ -1,0 +1,458 @@
+"""Pytrees of gradients in, inner products per group out.
+
+Precision, dtypes, complex leaves and sharded axes are dealt with here and nowhere else. Products
+and sums are taken in float32 or wider whatever the gradients' dtype, and contractions in the
+highest precision, or a TPU would multiply in bfloat16.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optax_bilevel import _rule
+
+PyTree = Any
+Groups = None | str | PyTree | Callable[[PyTree], PyTree]
+
+
+# ---------------------------------------------------------------- what came, and in what shape
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf in an error message."""
+    return jax.tree_util.keystr(path) or "(the whole tree)"
+
+
+def check_masked(tree: PyTree, allow_masked: bool) -> None:
+    """Raises ValueError at the first `optax.MaskedNode` unless they are allowed."""
+    if allow_masked:
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_masked):
+        if _is_masked(leaf):
+            raise ValueError(
+                f"gradient leaf {path_name(path)} is hidden by optax.masked or optax.partition and "
+                "would stay stacked. Put masks after the reweighting, which belongs first in the "
+                "chain: optax.chain(bilevel_reweight(...), optax.masked(...)). Inside a partition "
+                "whose other labels reduce their own leaves, pass allow_masked=True"
+            )
+
+
+def check_inexact(tree: PyTree) -> None:
+    """Raises ValueError where a leaf is neither real nor complex floating point."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(
+                f"gradient leaf {path_name(path)}: expected a floating-point array, got "
+                f"{dtype or type(leaf).__name__}"
+            )
+
+
+def static_int(value: Any) -> int | None:
+    """`value` as an int where it is known at trace time, None where it is traced."""
+    return None if isinstance(value, Tracer) else int(value)
+
+
+def leading_axis(
+    tree: PyTree, num_validation: Any, *, expected: int | None = None, what: str = "gradient"
+) -> int:
+    """The number of mini-batches k along the leading axis of every leaf; 0 for an empty tree.
+
+    Args:
+        tree: leaves [k, ...].
+        num_validation: number of validation slots; checked where it is concrete.
+        expected: k where it is known beforehand.
+        what: what a leaf is called in messages.
+
+    Raises:
+        ValueError: naming the leaf, what was expected and what came.
+    """
+    source = "num_batches"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        shape = tuple(jnp.shape(leaf))
+        if not shape:
+            raise ValueError(
+                f"{what} leaf {path_name(path)}: expected a leading axis of k mini-batches, got a "
+                "scalar"
+            )
+        if expected is None:
+            expected, source = shape[0], f"leaf {path_name(path)}"
+        elif shape[0] != expected:
+            raise ValueError(
+                f"{what} leaf {path_name(path)}: expected a leading axis of k = {expected} "
+                f"mini-batches (from {source}), got shape {shape}"
+            )
+    held_out = static_int(num_validation)
+    if expected is not None and held_out is not None and expected <= held_out:
+        raise ValueError(
+            f"k = {expected} mini-batches with num_validation = {held_out} leave none to train on: "
+            f"k must be at least {held_out + 1}"
+        )
+    return expected or 0
+
+
+def check_stack(
+    grads: PyTree,
+    params: PyTree | None,
+    num_validation: Any,
+    *,
+    num_batches: Any = None,
+    allow_masked: bool = False,
+) -> int:
+    """Checks k stacked gradients, against the parameters where they are given; returns k.
+
+    Raises:
+        ValueError: naming the leaf, what was expected and what came.
+    """
+    check_masked(grads, allow_masked)
+    check_inexact(grads)
+    if params is not None:
+        _check_against_params(grads, params)
+    expected = None if num_batches is None else static_int(num_batches)
+    return leading_axis(grads, num_validation, expected=expected)
+
+
+def check_like(grads: PyTree, params: PyTree) -> None:
+    """Checks the gradients of one mini-batch against trees shaped like the parameters.
+
+    Raises:
+        ValueError: naming the leaf, what was expected and what came.
+    """
+    check_masked(grads, allow_masked=False)
+    check_inexact(grads)
+    for path, leaf, shape in _beside_params(grads, params):
+        if tuple(leaf.shape) != shape:
+            raise ValueError(
+                f"gradient leaf {path_name(path)}: expected the parameter's shape {shape}, got "
+                f"{tuple(leaf.shape)}. bilevel_multi_steps takes the gradient of one mini-batch a "
+                "call; for k stacked gradients use bilevel_reweight"
+            )
+
+
+def _beside_params(
+    grads: PyTree, params: PyTree
+) -> list[tuple[tuple[Any, ...], Any, tuple[int, ...]]]:
+    """(path, gradient leaf, shape of the parameter) of every leaf that has both."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(
+        grads, is_leaf=lambda x: x is None or _is_masked(x)
+    )
+    try:
+        matching = treedef.flatten_up_to(params)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"gradients and params differ in structure: {error}") from error
+    return [
+        (path, leaf, tuple(param.shape))
+        for (path, leaf), param in zip(leaves, matching, strict=True)
+        if leaf is not None and hasattr(param, "shape")
+    ]
+
+
+def _check_against_params(grads: PyTree, params: PyTree) -> None:
+    for path, leaf, shape in _beside_params(grads, params):
+        if jnp.shape(leaf)[1:] != shape or jnp.ndim(leaf) != len(shape) + 1:
+            expected = f"({', '.join(map(str, ('k', *shape)))})"
+            raise ValueError(
+                f"gradient leaf {path_name(path)}: expected shape {expected} for a parameter of "
+                f"shape {shape}, got {jnp.shape(leaf)}. Stack the k mini-batch gradients along a "
+                "new leading axis, e.g. jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, "
+                "batches). bilevel_reweight belongs first in the chain; wrappers that expect "
+                "gradients of the parameters' shape, such as optax.MultiSteps, go after it"
+            )
+
+
+# ------------------------------------------------------------------------------------- groups
+
+
+class Grouping(NamedTuple):
+    """Which group of parameters each leaf belongs to.
+
+    Attributes:
+        ids: one group index per leaf, in leaf order.
+        num_groups: how many groups there are, at least 1.
+        grouped: whether weights carry a groups axis for the user.
+    """
+
+    ids: tuple[int, ...]
+    num_groups: int
+    grouped: bool
+
+    def present(self, weights: jax.Array) -> jax.Array:
+        """[groups, k] as users see it: [k] without groups."""
+        return weights if self.grouped else weights[0]
+
+
+def check_groups(groups: Groups) -> None:
+    """Raises ValueError for a `groups` that can never name groups."""
+    if isinstance(groups, str) and groups != "leaf":
+        raise ValueError(
+            f'unknown groups {groups!r}; known: None, "leaf", a pytree of labels, or a callable '
+            "that makes one"
+        )
+    if isinstance(groups, jax.Array):
+        raise ValueError(
+            "groups is an array; a callable under optax.inject_hyperparams needs "
+            'static_args="groups"'
+        )
+
+
+def resolve_groups(tree: PyTree, groups: Groups) -> Grouping:
+    """One group index per leaf of `tree`.
+
+    Args:
+        tree: gradients or parameters.
+        groups: None (one group), "leaf" (a group per leaf), or a pytree of hashable labels, the
+            same as `tree` or a prefix of it, or a callable that makes one from `tree`. Groups are
+            numbered in the order in which their labels first appear among the leaves.
+
+    Raises:
+        ValueError: where the labels do not fit the tree.
+    """
+    num_leaves = len(jax.tree.leaves(tree))
+    if groups is None:
+        return Grouping((0,) * num_leaves, 1, False)
+    if isinstance(groups, str):
+        return Grouping(tuple(range(num_leaves)), max(num_leaves, 1), True)
+    labels = groups(tree) if callable(groups) else groups
+    try:
+        per_leaf = jax.tree.leaves(jax.tree.broadcast(labels, tree))
+    except ValueError as error:
+        raise ValueError(
+            f"groups must be a pytree of labels like the gradients or a prefix of them: {error}"
+        ) from error
+    if len(per_leaf) != num_leaves:
+        raise ValueError(
+            f"groups gave {len(per_leaf)} labels for {num_leaves} gradient leaves; label every leaf"
+        )
+    index = {label: i for i, label in enumerate(dict.fromkeys(per_leaf))}
+    return Grouping(tuple(index[x] for x in per_leaf), max(len(index), 1), True)
+
+
+def _sum_by_group(per_leaf: list[jax.Array], grouping: Grouping) -> jax.Array:
+    """Adds up per-leaf arrays of one shape within each group: [groups, *shape]."""
+    dtype = functools.reduce(jnp.promote_types, (x.dtype for x in per_leaf))
+    sums = [jnp.zeros_like(per_leaf[0], dtype)] * grouping.num_groups
+    for group, x in zip(grouping.ids, per_leaf, strict=True):
+        sums[group] = sums[group] + x.astype(dtype)
+    return jnp.stack(sums)
+
+
+# ------------------------------------------------------------------------- dtypes and sharding
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """The dtype in which a leaf is summed: float32 or wider, complex where the leaf is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def products_dtype(tree: PyTree) -> Any:
+    """The dtype of the inner products of gradients like `tree`: real, float32 or wider."""
+    dtypes = (x.dtype for x in jax.tree.leaves(tree))
+    widest = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    return jnp.finfo(widest).dtype
+
+
+def zeros_of(x: Any) -> jax.Array:
+    """Zeros like an abstract value, its sharding included."""
+    sharding = getattr(x, "sharding", None)
+    return jnp.zeros(x.shape, x.dtype, device=sharding)
+
+
+def _explicit_mesh(x: jax.Array) -> Any:
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh if AxisType.Explicit in mesh.axis_types else None
+
+
+def _replicated(mesh: Any, ndim: int) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*(None,) * ndim))
+
+
+def _replicate(x: jax.Array) -> jax.Array:
+    """Small results are the same on all devices; on Explicit meshes that has to be said."""
+    mesh = _explicit_mesh(x)
+    return x if mesh is None else jax.sharding.reshard(x, _replicated(mesh, x.ndim))
+
+
+def replicate_like(x: jax.Array, tree: PyTree) -> jax.Array:
+    """`x` on the Explicit mesh on which `tree` lives, so that a state's types never change."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and (mesh := _explicit_mesh(leaf)) is not None:
+            if isinstance(leaf, Tracer):
+                return jax.sharding.reshard(x, _replicated(mesh, x.ndim))
+            assert isinstance(leaf.sharding, NamedSharding)
+            return jax.device_put(x, _replicated(leaf.sharding.mesh, x.ndim))
+    return x
+
+
+def _has_explicit_leading_axis(x: jax.Array) -> bool:
+    return _explicit_mesh(x) is not None and jax.typeof(x).sharding.spec[0] is not None
+
+
+def _along_first(x: jax.Array, like: jax.Array) -> jax.Array:
+    """[k] -> [k, 1, ..., 1], to go with a stacked leaf."""
+    return x.reshape((-1,) + (1,) * (like.ndim - 1))
+
+
+def _contract(stack: jax.Array, other: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Re⟨·,·⟩ of every stacked entry with `other`, contracting its `axes`: [k] or [k, k]."""
+    dtype = jnp.promote_types(accumulation_dtype(stack.dtype), accumulation_dtype(other.dtype))
+    mesh = _explicit_mesh(stack)
+    result = jax.lax.dot_general(
+        jnp.conj(stack.astype(dtype)),
+        other.astype(dtype),
+        ((tuple(range(1, stack.ndim)), axes), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        # Over sharded axes the result's sharding has to be said; small as it is: replicated.
+        out_sharding=None if mesh is None else _replicated(mesh, 1 + other.ndim - len(axes)),
+    )
+    return jnp.real(result)
+
+
+def _square_sums(stack: jax.Array) -> jax.Array:
+    """|·|² of every stacked entry, [k]; on CPU several times faster than as a contraction."""
+    stack = stack.astype(accumulation_dtype(stack.dtype))
+    parts = [stack]
+    if jnp.issubdtype(stack.dtype, jnp.complexfloating):
+        parts = [jnp.real(stack), jnp.imag(stack)]
+    squares = functools.reduce(jnp.add, (jnp.square(x) for x in parts))
+    return _replicate(jnp.sum(squares, axis=tuple(range(1, stack.ndim))))
+
+
+# ----------------------------------------------------------------------------------- products
+
+
+def validation_gradient(grads: PyTree, num_validation: Any) -> PyTree:
+    """Σ_{j∈V} g_j over the first slots of a stack, in the accumulation dtype; leaves [*shape]."""
+    static = static_int(num_validation)
+
+    def leaf_sum(g: jax.Array) -> jax.Array:
+        dtype = accumulation_dtype(g.dtype)
+        if static is not None and not _has_explicit_leading_axis(g):
+            return jnp.sum(g[:static].astype(dtype), axis=0) if static > 1 else g[0].astype(dtype)
+        # A sharded or traced number of slots cannot be sliced: sum under a mask.
+        mask = _along_first(jnp.arange(g.shape[0]) < num_validation, g)
+        return jnp.sum(jnp.where(mask, g.astype(dtype), 0), axis=0)
+
+    return jax.tree.map(leaf_sum, grads)
+
+
+def dots_with(grads: PyTree, validation: PyTree, grouping: Grouping) -> jax.Array:
+    """⟨v, g_i⟩ of every mini-batch gradient with a validation gradient v.
+
+    Args:
+        grads: leaves [k, *shape].
+        validation: leaves [*shape].
+        grouping: the group of every leaf.
+
+    Returns:
+        [groups, k], float32 or wider.
+    """
+    pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(validation), strict=True)
+    return _sum_by_group([_contract(g, v, tuple(range(v.ndim))) for g, v in pairs], grouping)
+
+
+def squared_norms(grads: PyTree, grouping: Grouping) -> jax.Array:
+    """|g_i|² of every mini-batch gradient: [groups, k], float32 or wider."""
+    return _sum_by_group([_square_sums(g) for g in jax.tree.leaves(grads)], grouping)
+
+
+def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
+    """|g|² of one gradient, leaves [*shape]: [groups], float32 or wider."""
+    return squared_norms(jax.tree.map(lambda x: x[None], tree), grouping)[:, 0]
+
+
+def _gram(grads: PyTree, grouping: Grouping) -> jax.Array:
+    """All inner products of a stack with itself: [groups, k, k]."""
+    grams = [_contract(g, g, tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]
+    return _sum_by_group(grams, grouping)
+
+
+def stack_products(
+    grads: PyTree, grouping: Grouping, num_validation: Any, *, with_gram: bool
+) -> _rule.Products:
+    """All inner products that the rule needs of a stack of k gradients.
+
+    Args:
+        grads: leaves [k, *shape], at least one leaf.
+        grouping: the group of every leaf.
+        num_validation: the first slots that form V; an int, or traced.
+        with_gram: compute the whole Gram matrix (eq. 8) and read the others off it.
+    """
+    if not with_gram:
+        validation = validation_gradient(grads, num_validation)
+        return _rule.Products(
+            dots_with(grads, validation, grouping),
+            squared_norms(grads, grouping),
+            squared_norm(validation, grouping),
+        )
+    gram = _gram(grads, grouping)
+    k = gram.shape[-1]
+    is_validation = jnp.arange(k)[None] < num_validation
+    # `where`, not products: a NaN of one mini-batch stays in its own row and column.
+    dots = jnp.sum(jnp.where(is_validation[:, None], gram, 0), axis=-1)
+    sq_norms = jnp.sum(jnp.where(jnp.eye(k, dtype=bool)[None], gram, 0), axis=-1)
+    validation_sq_norm = jnp.sum(jnp.where(is_validation, dots, 0), axis=-1)
+    return _rule.Products(dots, sq_norms, validation_sq_norm, gram)
+
+
+def weighted_sum(grads: PyTree, weights: jax.Array, grouping: Grouping) -> PyTree:
+    """Σ_i ω_i g_i over the leading axis, in the accumulation dtype.
+
+    A mini-batch of weight 0 takes no part, even where its gradient is NaN.
+
+    Args:
+        grads: leaves [k, *shape].
+        weights: [groups, k].
+        grouping: the group of every leaf.
+
+    Returns:
+        leaves [*shape].
+    """
+    leaves, treedef = jax.tree.flatten(grads)
+
+    def reduce(g: jax.Array, omega: jax.Array) -> jax.Array:
+        dtype = accumulation_dtype(g.dtype)
+        omega = _along_first(omega.astype(dtype), g)
+        return jnp.sum(jnp.where(omega == 0, 0, omega * g.astype(dtype)), axis=0)
+
+    def add_up(g: jax.Array, omega: jax.Array) -> jax.Array:
+        return functools.reduce(
+            jnp.add, (reduce(g[i : i + 1], omega[i : i + 1]) for i in range(g.shape[0]))
+        )
+
+    def leaf_sum(g: jax.Array, omega: jax.Array) -> jax.Array:
+        if g.shape[0] == 1 or _has_explicit_leading_axis(g):
+            return reduce(g, omega)
+        # XLA's CPU backend reduces over a leading axis tens of times slower than it adds.
+        return jax.lax.platform_dependent(g, omega, cpu=add_up, default=reduce)
+
+    return treedef.unflatten(
+        [leaf_sum(g, weights[i]) for g, i in zip(leaves, grouping.ids, strict=True)]
+    )
+
+
+def scale_and_cast(tree: PyTree, scale: jax.Array, grouping: Grouping, like: PyTree) -> PyTree:
+    """Multiplies each leaf by its group's scale and casts it to the dtype of `like`.
+
+    Args:
+        tree: leaves [*shape], in the accumulation dtype.
+        scale: [groups]; a group of scale 0 gives zeros.
+        grouping: the group of every leaf.
+        like: a tree whose leaves have the wanted dtypes.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(
+        [
+            jnp.where(scale[i] == 0, 0, x * scale[i].astype(x.dtype)).astype(target.dtype)
+            for x, i, target in zip(leaves, grouping.ids, jax.tree.leaves(like), strict=True)
+        ]
+    )

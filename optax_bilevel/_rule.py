@@ -1,0 +1,222 @@
+"""The weighting rule: inner products of mini-batch gradients in, weights ω out.
+
+Everything here takes and returns small arrays; no pytrees, no meshes, no devices. The paper is
+Jenni & Favaro, *Deep Bilevel Learning*, ECCV 2018; equation numbers are the paper's.
+"""
+
+import dataclasses
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Scalar = Any  # a Python or NumPy number, or a traced scalar
+
+SOLVERS = ("diagonal", "exact")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The hyper-parameters of the rule, checked when it is made.
+
+    Attributes:
+        lam: λ̂ > 0, may be traced.
+        mu: μ̂ > 0, may be traced.
+        num_validation: number of leading mini-batches that form V; an int, or traced by
+            `optax.inject_hyperparams`.
+        solver: "diagonal" (eq. 10) or "exact" (eq. 8).
+        normalize: divide ω by |ω|₁.
+        nonnegative: clip ω at zero before normalising.
+    """
+
+    lam: Scalar
+    mu: Scalar
+    num_validation: Any = 1
+    solver: str = "diagonal"
+    normalize: bool = True
+    nonnegative: bool = False
+
+    def __post_init__(self):
+        """Raises ValueError where a concrete hyper-parameter is out of its range."""
+        for name, value, default in (("lam", self.lam, 1.0), ("mu", self.mu, 0.01)):
+            if callable(value):
+                raise ValueError(
+                    f"{name} is a schedule; wrap the factory: "
+                    f"optax.inject_hyperparams(bilevel_reweight)({name}=schedule)"
+                )
+            if isinstance(value, numbers.Real) and not 0 < float(value) < math.inf:
+                raise ValueError(
+                    f"{name} must be a positive finite number, got {value}; "
+                    f"the paper uses {name}={default}"
+                )
+        if self.solver not in SOLVERS:
+            raise ValueError(f"unknown solver {self.solver!r}; known: {', '.join(SOLVERS)}")
+        if isinstance(self.num_validation, numbers.Real) and (
+            not isinstance(self.num_validation, numbers.Integral) or int(self.num_validation) < 1
+        ):
+            raise ValueError(
+                f"num_validation must be a positive integer, got {self.num_validation}"
+            )
+
+    def require_streamable(self, where: str, remedy: str) -> None:
+        """Raises ValueError for eq. (8), which needs all gradients at once."""
+        if self.solver == "exact":
+            raise ValueError(
+                f'{where} sees one mini-batch gradient at a time, and solver="exact" (eq. 8) needs '
+                f"the inner products of all pairs: {remedy}"
+            )
+
+
+class Products(NamedTuple):
+    """Inner products of k mini-batch gradients, per group of parameters.
+
+    Attributes:
+        dots: Σ_{j∈V} ⟨∇ℓ_j, ∇ℓ_i⟩, shape [groups, k].
+        sq_norms: |∇ℓ_i|², shape [groups, k].
+        validation_sq_norm: |Σ_{j∈V} ∇ℓ_j|², shape [groups].
+        gram: ⟨∇ℓ_l, ∇ℓ_i⟩, shape [groups, k, k]; None unless the solver needs it.
+    """
+
+    dots: jax.Array
+    sq_norms: jax.Array
+    validation_sq_norm: jax.Array
+    gram: jax.Array | None = None
+
+
+class Health(NamedTuple):
+    """What a step's weights say about it; scalars, float32 but for `dropped` (int32).
+
+    Attributes:
+        cosine: mean cosine between the training mini-batches and the validation gradient.
+        negative: share of the training mini-batches with a negative weight, in [0, 1].
+        effective: effective number of mini-batches (Σ|ω|)²/Σω², 0 where all ω are zero.
+        dropped: number of mini-batches of the k with a NaN or an Inf in their gradient.
+    """
+
+    cosine: jax.Array
+    negative: jax.Array
+    effective: jax.Array
+    dropped: jax.Array
+
+
+class Weights(NamedTuple):
+    """The weights of one step.
+
+    Attributes:
+        values: ω̂, shape [groups, k], zero in validation slots.
+        scale: what the sum of `raw`-weighted gradients is multiplied by, shape [groups]:
+            1/|ω|₁, or 1 without the normalisation, or 0 where there is nothing to weigh.
+        health: the figures of the step, averaged over groups.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    health: Health
+
+
+def diagonal_weights(dots: jax.Array, sq_norms: jax.Array, rule: Rule) -> jax.Array:
+    """ω_i = Σ_j ⟨g_j, g_i⟩ / (|g_i|²/λ̂ + μ̂), eq. (10) before its normalisation.
+
+    A mini-batch whose gradient is not finite in one group gets 0 in all of them.
+
+    Args:
+        dots: [groups, n].
+        sq_norms: [groups, n].
+        rule: gives λ̂, μ̂ and the sign constraint.
+
+    Returns:
+        ω, [groups, n].
+    """
+    lam, mu = (jnp.asarray(h, sq_norms.dtype) for h in (rule.lam, rule.mu))
+    denominator = sq_norms / lam + mu
+    finite = jnp.all(jnp.isfinite(sq_norms), axis=0, keepdims=True)
+    usable = finite & jnp.isfinite(dots) & jnp.isfinite(denominator) & (denominator > 0)
+    omega = jnp.where(usable, dots, 0) / jnp.where(usable, denominator, 1)
+    return jnp.maximum(omega, 0) if rule.nonnegative else omega
+
+
+def exact_weights(gram: jax.Array, dots: jax.Array, rule: Rule) -> jax.Array:
+    """Solves (G_TT/λ̂ + μ̂I) ω = G_TV 1, eq. (8), in every group.
+
+    Rows and columns of zeros (validation slots, dropped mini-batches) come out as 0.
+
+    The matrix is scaled to a unit diagonal and solved through its eigenvalues; directions below
+    the rounding error of the Gram matrix are left out, so that gradients which repeat each other
+    give the solution of least norm instead of noise.
+
+    Args:
+        gram: [groups, k, k], symmetric positive semi-definite.
+        dots: [groups, k].
+        rule: gives λ̂, μ̂ and the sign constraint.
+
+    Returns:
+        ω, [groups, k].
+    """
+    lam, mu = (jnp.asarray(h, gram.dtype) for h in (rule.lam, rule.mu))
+    k = gram.shape[-1]
+    identity = jnp.eye(k, dtype=gram.dtype)[None]
+    matrix = gram / lam + mu * identity
+    diagonal = jnp.sum(matrix * identity, axis=-1)
+    scale = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
+    eigenvalues, eigenvectors = jnp.linalg.eigh(matrix * scale[..., :, None] * scale[..., None, :])
+    tolerance = 4 * k * jnp.finfo(gram.dtype).eps * jnp.max(eigenvalues, axis=-1, keepdims=True)
+    inverse = jnp.where(
+        eigenvalues > tolerance, 1 / jnp.where(eigenvalues > tolerance, eigenvalues, 1), 0
+    )
+    in_basis = jnp.sum(eigenvectors * (scale * dots)[..., :, None], axis=-2)
+    omega = scale * jnp.sum(eigenvectors * (inverse * in_basis)[..., None, :], axis=-1)
+    return jnp.maximum(omega, 0) if rule.nonnegative else omega
+
+
+def weigh(products: Products, rule: Rule) -> Weights:
+    """Turns the inner products of one step into its weights.
+
+    A training mini-batch that is not finite gets weight 0; a validation gradient that is not
+    finite, or weights that are all zero, give a zero update (scale 0). Never NaN.
+
+    Args:
+        products: inner products of the k mini-batches, validation slots first.
+        rule: the hyper-parameters.
+
+    Returns:
+        The normalised weights, the scale of the update and the health figures.
+    """
+    dots, sq_norms, validation_sq_norm, gram = products
+    groups, k = sq_norms.shape
+    is_validation = jnp.arange(k)[None] < rule.num_validation
+    # A finite |g|² is a finite g, and Cauchy-Schwarz then bounds every product.
+    finite = jnp.all(jnp.isfinite(sq_norms), axis=0, keepdims=True)  # [1, k]
+    validation_finite = jnp.all(finite | ~is_validation) & jnp.all(jnp.isfinite(validation_sq_norm))
+    active = finite & ~is_validation & validation_finite
+    dots = jnp.where(active, dots, 0)
+    sq_norms = jnp.where(active, sq_norms, 0)
+
+    if rule.solver == "exact":
+        assert gram is not None
+        gram = jnp.where(active[:, :, None] & active[:, None, :], gram, 0)
+        raw = exact_weights(gram, dots, rule)
+    else:
+        raw = diagonal_weights(dots, sq_norms, rule)
+
+    l1 = jnp.sum(jnp.abs(raw), axis=-1)
+    usable = l1 > 0
+    scale = 1 / jnp.where(usable, l1, 1) if rule.normalize else jnp.ones_like(l1)
+    scale = jnp.where(usable, scale, 0)
+    values = raw * scale[:, None]
+
+    normalized = raw / jnp.where(usable, l1, 1)[:, None]
+    sum_sq = jnp.sum(jnp.square(normalized), axis=-1)
+    norms = jnp.sqrt(sq_norms) * jnp.sqrt(validation_sq_norm)[:, None]
+    cosines = jnp.where(norms > 0, dots / jnp.where(norms > 0, norms, 1), 0)
+    num_active = jnp.maximum(jnp.sum(active), 1).astype(sq_norms.dtype) * groups
+    health = Health(
+        cosine=(jnp.sum(jnp.where(active, cosines, 0)) / num_active).astype(jnp.float32),
+        negative=(jnp.sum((raw < 0).astype(sq_norms.dtype)) / num_active).astype(jnp.float32),
+        effective=jnp.mean(
+            jnp.where(usable, 1 / jnp.where(sum_sq > 0, sum_sq, 1), 0).astype(jnp.float32)
+        ),
+        dropped=jnp.sum(~finite, dtype=jnp.int32),
+    )
+    return Weights(values, scale, health)

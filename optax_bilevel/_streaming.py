@@ -1,0 +1,181 @@
+"""The streaming form: the same update, gradient memory constant in k.
+
+Once the validation gradient is known, each ω_i of eq. (10) needs its own gradient alone, and the
+normalisation is one division at the end: keep Σ_j g_j and Σ_i ω_i g_i, and let every g_i go.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_bilevel import _inner_products, _rule
+from optax_bilevel._inner_products import Groups, PyTree
+
+LOOPS = ("unroll", "scan")
+
+
+def bilevel_value_and_grad(
+    loss_fn: Callable[..., Any],
+    lam: Any = 1.0,
+    mu: Any = 0.01,
+    *,
+    has_aux: bool = False,
+    num_validation: int = 1,
+    solver: str = "diagonal",
+    normalize: bool = True,
+    nonnegative: bool = False,
+    groups: Groups = None,
+    loop: str | None = None,
+    chunk_size: int = 1,
+) -> Callable[[PyTree, PyTree], tuple[Any, PyTree, jax.Array]]:
+    """Like `jax.value_and_grad`, over k mini-batches, giving the reweighted gradient.
+
+    Computes what `jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))` followed by `bilevel_reweight`
+    computes, without ever holding k gradients: beside the gradient at hand (or `chunk_size` of
+    them) there are the validation gradient and the weighted sum, whatever k is.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch) -> loss``, or ``-> (loss, aux)`` with `has_aux`;
+            `batch` is one slice of `batches`, the loss a real scalar, the mini-batch's mean.
+        lam, mu, num_validation, normalize, nonnegative, groups: as in `bilevel_reweight`.
+        has_aux: whether `loss_fn` also returns auxiliary data, such as batch statistics.
+        solver: "diagonal" only; eq. (8) needs all gradients at once.
+        loop: how the training mini-batches are run through: "scan" (one copy of the network,
+            compiled once) or "unroll" (a copy per chunk). None takes "scan", but on CPU "unroll"
+            for a loss with convolutions, which XLA runs ten times slower inside loops there.
+        chunk_size: how many mini-batches to differentiate at a time, vectorised by `jax.vmap`;
+            costs chunk_size gradient buffers in place of one.
+
+    Returns:
+        A function ``(params, batches) -> (value, grads, weights)``. Leaves of `batches` lead with
+        k, validation mini-batches first; random keys, one per mini-batch, are ordinary leaves.
+        `value` is the losses [k], or ``(losses, aux)`` with aux leaves [k, ...]; `grads` has the
+        structure, shapes and dtypes of `params`; `weights` is ω̂ [k] with validation slots 0, or
+        [groups, k]. A mini-batch with a NaN or an Inf in its gradient gets weight 0; a NaN or an
+        Inf in the validation gradient gives zero gradients.
+
+    Raises:
+        ValueError: at construction for a hyper-parameter out of range or ``solver="exact"``; at
+            trace time for leaves of `batches` that do not share their leading axis, and for
+            k ≤ num_validation.
+
+    Example:
+        >>> import jax.numpy as jnp, optax_bilevel
+        >>> loss = lambda w, batch: jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
+        >>> batches = {"x": jnp.ones((4, 2, 3)), "y": jnp.ones((4, 2))}  # k = 4 mini-batches of 2
+        >>> step = optax_bilevel.bilevel_value_and_grad(loss)
+        >>> losses, grads, weights = step(jnp.zeros(3), batches)
+        >>> losses.shape, grads.shape, weights.shape
+        ((4,), (3,), (4,))
+    """
+    rule = _rule.Rule(lam, mu, num_validation, solver, normalize, nonnegative)
+    rule.require_streamable(
+        "bilevel_value_and_grad", "use bilevel_reweight or bilevel_pmean for it"
+    )
+    _inner_products.check_groups(groups)
+    if loop is not None and loop not in LOOPS:
+        raise ValueError(f"unknown loop {loop!r}; known: None, {', '.join(LOOPS)}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size}")
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
+
+    def reweighted(params: PyTree, batches: PyTree) -> tuple[Any, PyTree, jax.Array]:
+        k = _inner_products.leading_axis(batches, num_validation, what="batch")
+        if not jax.tree.leaves(batches) or not jax.tree.leaves(params):
+            raise ValueError("batches and params need at least one leaf each")
+        grouping = _inner_products.resolve_groups(params, groups)
+        unroll = (loop or _best_loop(loss_fn, params, batches)) == "unroll"
+
+        def differentiate(start: Any, size: int) -> tuple[Any, PyTree]:
+            """Values and gradients of mini-batches [start, start + size), stacked."""
+            if size > 1:
+                chunk = jax.tree.map(
+                    lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), batches
+                )
+                return jax.vmap(value_and_grad, in_axes=(None, 0))(params, chunk)
+            batch = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, start, keepdims=False), batches
+            )
+            return jax.tree.map(lambda x: x[None], value_and_grad(params, batch))
+
+        def validate(start: Any, size: int) -> tuple[PyTree, Any]:
+            values, grads = differentiate(start, size)
+            sq_norms = _inner_products.squared_norms(grads, grouping)
+            record = (values, jnp.zeros_like(sq_norms.T), sq_norms.T)
+            return _inner_products.validation_gradient(grads, size), record
+
+        def train(start: Any, size: int) -> tuple[PyTree, Any]:
+            values, grads = differentiate(start, size)
+            dots = _inner_products.dots_with(grads, validation, grouping)
+            sq_norms = _inner_products.squared_norms(grads, grouping)
+            omega = _rule.diagonal_weights(dots, sq_norms, rule)
+            return _inner_products.weighted_sum(grads, omega, grouping), (
+                values,
+                dots.T,
+                sq_norms.T,
+            )
+
+        validation, records = _accumulate(validate, None, 0, num_validation, chunk_size)
+        begin = num_validation
+        total = None
+        if not unroll and (chunks := (k - begin) // chunk_size) > 1:
+            # Over indices, not slices: slicing beforehand would copy the batches.
+            total, record = jax.lax.scan(
+                lambda total, start: _add(total, *train(start, chunk_size)),
+                jax.tree.map(jnp.zeros_like, validation),
+                begin + chunk_size * jnp.arange(chunks),
+            )
+            records.append(jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), record))
+            begin += chunks * chunk_size
+        total, more = _accumulate(train, total, begin, k, chunk_size)
+        values, dots, sq_norms = jax.tree.map(lambda *x: jnp.concatenate(x), *records, *more)
+
+        validation_sq_norm = _inner_products.squared_norm(validation, grouping)
+        weights = _rule.weigh(_rule.Products(dots.T, sq_norms.T, validation_sq_norm), rule)
+        grads = _inner_products.scale_and_cast(total, weights.scale, grouping, like=params)
+        return values, grads, grouping.present(weights.values)
+
+    return reweighted
+
+
+def _best_loop(loss_fn: Callable[..., Any], params: PyTree, batches: PyTree) -> str:
+    if jax.default_backend() != "cpu":
+        return "scan"
+    batch = jax.tree.map(lambda x: x[0], batches)
+    convolves = "conv_general_dilated" in str(jax.make_jaxpr(loss_fn)(params, batch))
+    return "unroll" if convolves else "scan"
+
+
+def _add(total: PyTree | None, part: PyTree, record: Any) -> tuple[PyTree, Any]:
+    return part if total is None else jax.tree.map(jnp.add, total, part), record
+
+
+def _accumulate(
+    function: Callable[[Any, int], tuple[PyTree, Any]],
+    total: PyTree | None,
+    begin: int,
+    end: int,
+    chunk_size: int,
+) -> tuple[Any, list[Any]]:
+    """Adds up the first results of ``function(start, size)`` over [begin, end), unrolled."""
+    records = []
+    for start in range(begin, end, chunk_size):
+        size = min(chunk_size, end - start)
+        after = start if total is None else start + _zero_after(total)
+        total, record = _add(total, *function(after, size))
+        records.append(record)
+    return total, records
+
+
+def _zero_after(total: PyTree) -> jax.Array:
+    """A zero, int32 [], that is not known before every leaf of `total` is.
+
+    Added to the index of the next mini-batch it keeps XLA from starting that one's gradient before
+    this one's has been added up, and so from holding all k at a time. An optimization barrier does
+    not: the CPU backend drops it before scheduling.
+    """
+    entries = [jnp.real(x[(0,) * x.ndim]) for x in jax.tree.leaves(total) if x.size]
+    dependency = sum(jnp.abs(jnp.nan_to_num(x.astype(jnp.float32))) for x in entries)
+    return jnp.minimum(dependency, 0).astype(jnp.int32)
