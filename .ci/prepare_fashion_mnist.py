@@ -53,7 +53,9 @@ def main() -> None:
     for split in ("train", "test"):
         # TFDS stores the examples in an order of its own.
         ours, theirs = getattr(prepared, split), getattr(direct, split)
-        sums = [np.sort(s.images.astype(int).sum((1, 2, 3)) * 10 + s.labels) for s in (ours, theirs)]
+        sums = [
+            np.sort(s.images.astype(int).sum((1, 2, 3)) * 10 + s.labels) for s in (ours, theirs)
+        ]
         np.testing.assert_array_equal(*sums)
         print(split, ours.images.shape, np.bincount(ours.labels))
 

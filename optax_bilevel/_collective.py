@@ -69,23 +69,25 @@ def bilevel_pmean(
 
     Example:
         >>> import jax, jax.numpy as jnp, optax_bilevel
-        >>> from jax.sharding import PartitionSpec as P
-        >>> mesh = jax.make_mesh((jax.device_count(),), ("batch",))
+        >>> from jax.sharding import NamedSharding, PartitionSpec as P
+        >>> k = jax.device_count()  # one mini-batch per device
+        >>> mesh = jax.make_mesh((k,), ("batch",))
         >>> def grad_step(params, batch):
         ...     params = jax.lax.pcast(params, "batch", to="varying")
         ...     grads = jax.grad(lambda w: jnp.mean((batch[0] @ w) ** 2))(params)
         ...     return optax_bilevel.bilevel_pmean(grads, "batch")
         >>> step = jax.jit(jax.shard_map(grad_step, mesh=mesh,
         ...                              in_specs=(P(), P("batch")), out_specs=P()))
-        >>> k = jax.device_count()  # one mini-batch per device
+        >>> batches = jax.device_put(jnp.ones((k, 4, 3)), NamedSharding(mesh, P("batch")))
         >>> if k > 1:
-        ...     grads = step(jnp.ones(3), jnp.ones((k, 4, 3)))
+        ...     grads = step(jnp.ones(3), batches)
     """
     rule = _rule.Rule(lam, mu, num_validation, solver, normalize, nonnegative)
     _inner_products.check_groups(groups)
     _inner_products.check_masked(grads, allow_masked=False)
     _inner_products.check_inexact(grads)
-    _check_varying(grads, axis_name)
+    everywhere = _axes(axis_name) + (() if example_axis is None else _axes(example_axis))
+    _check_varying(grads, everywhere)
     k = jax.lax.axis_size(axis_name)
     if k <= num_validation:
         raise ValueError(
@@ -116,7 +118,6 @@ def bilevel_pmean(
             stacks[i] = shards[:, offset : offset + width]
         layouts[dtype] = (indices, offsets, widths, padding)
 
-    everywhere = _axes(axis_name) + (() if example_axis is None else _axes(example_axis))
     products = jax.lax.psum(
         _inner_products.stack_products(
             stacks, grouping, num_validation, with_gram=solver == "exact"
@@ -131,10 +132,10 @@ def bilevel_pmean(
         shard = jnp.concatenate(
             [*(sums[i].astype(dtype) for i in indices), jnp.zeros((padding,), dtype)]
         )
-        full = jax.lax.all_gather(shard, axis_name, to="invarying")
+        full = jax.lax.all_gather(shard, axis_name, to=_same_everywhere(axis_name))
         full = full.reshape(1, k, -1)
         if example_axis is not None:
-            full = jax.lax.all_gather(full[0], example_axis, to="invarying")
+            full = jax.lax.all_gather(full[0], example_axis, to=_same_everywhere(example_axis))
         for i, offset, width in zip(indices, offsets, widths, strict=True):
             flat = full[:, :, offset : offset + width].reshape(-1)
             results[i] = flat[: leaves[i].size].reshape(leaves[i].shape)
@@ -156,8 +157,8 @@ def _pieces(leaf: jax.Array, spread: int, k: int) -> jax.Array:
 def _check_varying(grads: PyTree, axis_name: AxisName) -> None:
     """Raises ValueError where shard_map's autodiff has already summed a gradient over devices."""
     for axis in _axes(axis_name):
-        if axis not in _varying_axes(jax.lax.axis_index(axis)):
-            continue  # pmap, or shard_map(check_vma=False): nothing is tracked, nothing is summed
+        if not _is_tracked(axis):
+            continue  # then nothing is summed either
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
             if axis not in _varying_axes(leaf):
                 raise ValueError(
@@ -166,6 +167,16 @@ def _check_varying(grads: PyTree, axis_name: AxisName) -> None:
                     "parameters are summed over the devices. Differentiate with respect to "
                     f'jax.lax.pcast(params, {axis!r}, to="varying") instead'
                 )
+
+
+def _is_tracked(axis: Any) -> bool:
+    """Not so in pmap, in vmap and in shard_map(check_vma=False)."""
+    return axis in _varying_axes(jax.lax.axis_index(axis))
+
+
+def _same_everywhere(axis_name: AxisName) -> Any:
+    """How all_gather is told that its result no longer differs along the axis."""
+    return "invarying" if all(map(_is_tracked, _axes(axis_name))) else "varying"
 
 
 def _varying_axes(x: jax.Array) -> frozenset[Any]:

@@ -293,6 +293,12 @@ def replicate_like(x: jax.Array, tree: PyTree) -> jax.Array:
     return x
 
 
+def probe(x: jax.Array) -> jax.Array:
+    """A scalar made from a few entries of a non-empty `x`: the first along unsharded axes."""
+    sharded = jax.typeof(x).sharding.spec  # names only axes of Explicit meshes, which have no [0]
+    return jnp.sum(x[tuple(0 if axis is None else slice(None) for axis in sharded)])
+
+
 def _has_explicit_leading_axis(x: jax.Array) -> bool:
     return _explicit_mesh(x) is not None and jax.typeof(x).sharding.spec[0] is not None
 

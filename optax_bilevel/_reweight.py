@@ -132,6 +132,11 @@ def bilevel_reweight(
                     "num_batches is traced; under optax.inject_hyperparams inside jit pass "
                     'static_args="num_batches"'
                 )
+            if groups is not None and params is None:
+                raise ValueError(
+                    "init(None) cannot know how many groups there are: with groups and "
+                    "num_batches pass the parameters"
+                )
             grouping = _inner_products.resolve_groups(params, groups)
             weights = grouping.present(jnp.zeros((grouping.num_groups, k), jnp.float32))
         zero = jnp.zeros((), jnp.float32)

@@ -129,7 +129,8 @@ def diagonal_weights(dots: jax.Array, sq_norms: jax.Array, rule: Rule) -> jax.Ar
     Returns:
         ω, [groups, n].
     """
-    lam, mu = (jnp.asarray(h, sq_norms.dtype) for h in (rule.lam, rule.mu))
+    # inject_hyperparams casts them to the parameters' dtype, complex as that may be.
+    lam, mu = (jnp.real(h).astype(sq_norms.dtype) for h in (rule.lam, rule.mu))
     denominator = sq_norms / lam + mu
     finite = jnp.all(jnp.isfinite(sq_norms), axis=0, keepdims=True)
     usable = finite & jnp.isfinite(dots) & jnp.isfinite(denominator) & (denominator > 0)
@@ -154,7 +155,7 @@ def exact_weights(gram: jax.Array, dots: jax.Array, rule: Rule) -> jax.Array:
     Returns:
         ω, [groups, k].
     """
-    lam, mu = (jnp.asarray(h, gram.dtype) for h in (rule.lam, rule.mu))
+    lam, mu = (jnp.real(h).astype(gram.dtype) for h in (rule.lam, rule.mu))
     k = gram.shape[-1]
     identity = jnp.eye(k, dtype=gram.dtype)[None]
     matrix = gram / lam + mu * identity
@@ -201,7 +202,7 @@ def weigh(products: Products, rule: Rule) -> Weights:
         raw = diagonal_weights(dots, sq_norms, rule)
 
     l1 = jnp.sum(jnp.abs(raw), axis=-1)
-    usable = l1 > 0
+    usable = l1 >= jnp.finfo(l1.dtype).tiny  # the inverse of anything smaller is infinite
     scale = 1 / jnp.where(usable, l1, 1) if rule.normalize else jnp.ones_like(l1)
     scale = jnp.where(usable, scale, 0)
     values = raw * scale[:, None]

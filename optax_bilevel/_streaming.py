@@ -98,7 +98,7 @@ def bilevel_value_and_grad(
             batch = jax.tree.map(
                 lambda x: jax.lax.dynamic_index_in_dim(x, start, keepdims=False), batches
             )
-            return jax.tree.map(lambda x: x[None], value_and_grad(params, batch))
+            return jax.tree.map(lambda x: jnp.asarray(x)[None], value_and_grad(params, batch))
 
         def validate(start: Any, size: int) -> tuple[PyTree, Any]:
             values, grads = differentiate(start, size)
@@ -176,6 +176,6 @@ def _zero_after(total: PyTree) -> jax.Array:
     this one's has been added up, and so from holding all k at a time. An optimization barrier does
     not: the CPU backend drops it before scheduling.
     """
-    entries = [jnp.real(x[(0,) * x.ndim]) for x in jax.tree.leaves(total) if x.size]
+    entries = [jnp.real(_inner_products.probe(x)) for x in jax.tree.leaves(total) if x.size]
     dependency = sum(jnp.abs(jnp.nan_to_num(x.astype(jnp.float32))) for x in entries)
     return jnp.minimum(dependency, 0).astype(jnp.int32)

@@ -53,6 +53,7 @@ def preset(
     """Makes the preset of the given name for images of the given shape.
 
     - none: pixels scaled to [0, 1].
+    - standardize: standardised, at their own size.
     - cifarnet: centre crop 28, standardised, in training too. "We do not use data augmentation
       for CifarNet" (section 5.1); crop and standardisation are those of Zhang et al.
     - inception: padded by 4, random crop 29, flip, brightness ± 63/255, contrast 0.2 to 1.8,
@@ -72,8 +73,8 @@ def preset(
         name: One of `PRESETS`.
         image_shape: ``(h, w, c)`` of the images.
         max_value: The largest possible pixel value.
-        size: Another crop size than the preset's, for all but none and preactresnet; 224 for
-            ResNet-50.
+        size: Another crop size than the preset's, for all but none, standardize and preactresnet;
+            224 for ResNet-50.
 
     Raises:
         ValueError: if the name is unknown (lists the known ones), the images are too small for
@@ -214,6 +215,16 @@ def _none(shape: tuple[int, int, int]) -> tuple[Transform, ...]:
     return _keep, _keep
 
 
+def _standardize(shape: tuple[int, int, int]) -> tuple[Transform, ...]:
+    del shape
+
+    def both(key: jax.Array, image: jax.Array) -> jax.Array:
+        del key
+        return standardize(image)
+
+    return both, both
+
+
 def _cifarnet(shape: tuple[int, int, int]) -> tuple[Transform, ...]:
     def both(key: jax.Array, image: jax.Array) -> jax.Array:
         del key
@@ -281,6 +292,7 @@ def _voc(shape: tuple[int, int, int]) -> tuple[Transform, ...]:
 # name: how it is made, the size of its crops, how far it pads
 _MAKERS: dict[str, tuple[Callable[..., tuple[Transform, ...]], int | None, int]] = {
     "none": (_none, None, 0),
+    "standardize": (_standardize, None, 0),
     "cifarnet": (_cifarnet, 28, 0),
     "inception": (_inception, 29, 4),
     "preactresnet": (_preactresnet, None, 4),

@@ -21,14 +21,17 @@ Kind = Literal["none", "symmetric", "uniform", "pair_flip"]
 """The kinds of noise that `corrupt` makes from a rate and a seed."""
 
 
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
 def corrupt(kind: str, labels: np.ndarray, rate: float, num_classes: int, seed: int) -> np.ndarray:
     """Makes the noise of the given kind; "none" returns the labels as they are.
 
     Raises:
         ValueError: if `kind` is unknown (lists the known ones), or as the functions below do.
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"unknown label noise {kind!r}; known: {', '.join(get_args(Kind))}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown label noise {kind!r}; known: {', '.join(KINDS)}")
     if kind == "none":
         return _checked(labels, num_classes).copy()
     return {"symmetric": symmetric, "uniform": uniform, "pair_flip": pair_flip}[kind](

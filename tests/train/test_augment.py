@@ -64,6 +64,13 @@ def test_cifarnet_is_the_standardized_centre(image):
     np.testing.assert_allclose(preset.evaluate(jax.random.key(0), image), expected, atol=1e-5)
 
 
+def test_standardize_keeps_the_size(image):
+    preset = augment.preset("standardize", image.shape)
+    expected = standardized(image / 255)
+    np.testing.assert_allclose(preset.train(jax.random.key(0), image), expected, atol=1e-5)
+    np.testing.assert_allclose(preset.evaluate(jax.random.key(0), image), expected, atol=1e-5)
+
+
 def test_standardize_has_a_lower_bound(image):
     np.testing.assert_array_equal(augment.standardize(jnp.full((4, 4, 3), 0.5)), 0)
     faint = 0.5 + 1e-4 * (np.indices((4, 4, 3)).sum(0) % 2)

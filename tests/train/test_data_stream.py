@@ -1,3 +1,10 @@
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 
@@ -92,3 +99,56 @@ def test_an_error_names_its_cause(num_workers):
 def test_batch_size():
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         data.in_order(make(3, True), 0)
+
+
+SCRIPT = """
+import multiprocessing, os, signal, sys
+import numpy as np
+from train import data
+
+class Numbered:
+    def __len__(self):
+        return 1000
+    def __getitems__(self, indices):
+        return np.zeros((len(indices), 64, 64, 3), np.uint8)
+
+if __name__ == "__main__":
+    stream = data.in_order(data.Split(Numbered(), np.zeros(1000, np.int32)), 8, num_workers=2)
+    next(stream), next(stream)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit(75)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ending", "status"), [("exit", 75), ("killed", -signal.SIGKILL)])
+def test_workers_end_with_the_process(tmp_path, ending, status):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    root = pathlib.Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        [sys.executable, path, ending],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    if ending == "exit":  # although the stream was neither finished nor closed
+        assert stderr == ""
+    workers = [int(pid) for pid in stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, "the workers go on after the process is gone"
+        time.sleep(0.1)
+
+
+def alive(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,6 +1,11 @@
 """Images in the order that a sampler gives, decoded ahead of the step that needs them."""
 
 import dataclasses
+import gc
+import multiprocessing
+import os
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,7 +49,7 @@ def batches(
     steps = _Steps(split, sampler, first_step, num_steps, part)
     if split.in_memory:
         return (steps[i] for i in range(len(steps)))
-    return _ahead(steps, num_workers, ahead)
+    return _Ahead(steps, num_workers, ahead)
 
 
 def in_order(
@@ -68,7 +73,7 @@ def in_order(
     parts = _Batches(split, batch_size)
     if split.in_memory:
         return (parts[i] for i in range(len(parts)))
-    return _ahead(parts, num_workers, ahead)
+    return _Ahead(parts, num_workers, ahead)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,21 +107,58 @@ class _Batches:
         return indices, self.split.read(indices), places < len(self.split)
 
 
-def _ahead(source: Any, num_workers: int, ahead: int) -> Iterator[Any]:
-    import grain
-    from absl import flags
+class _Ahead(Iterator[Any]):
+    """The items of a source, made ahead of their use by worker processes."""
 
-    if not len(source):
-        return
-    if not flags.FLAGS.is_parsed():  # grain reads absl flags, which only absl programs parse
-        flags.FLAGS.mark_as_parsed()
-    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
-    dataset = grain.MapDataset.source(source).to_iter_dataset(reading)
-    if num_workers:
-        workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=ahead)
-        dataset = dataset.mp_prefetch(workers)
-    iterator = iter(dataset)
-    try:
-        yield from iterator
-    finally:
+    def __init__(self, source: Any, num_workers: int, ahead: int):
+        import grain
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # grain reads absl flags, which only absl programs parse
+            flags.FLAGS.mark_as_parsed()
+        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
+        dataset = grain.MapDataset.source(source).to_iter_dataset(reading)
+        if num_workers:
+            workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=ahead)
+            dataset = dataset.mp_prefetch(workers, worker_init_fn=_end_with_parent)
+        iterators = [iter(dataset)] if len(source) else []
+        self._iterators = iterators
+        # Also at exit, while the modules that closing needs are still there.
+        self._closing = weakref.finalize(self, _close, iterators)
+
+    def __next__(self) -> Any:
+        if not self._iterators:
+            raise StopIteration
+        try:
+            # Copies: the originals lie in memory that is shared with a worker and reused.
+            return tuple(np.array(array) for array in next(self._iterators[0]))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stops the workers; there are no more items."""
+        self._closing()
+
+
+def _end_with_parent(worker: int, num_workers: int) -> None:
+    """Ends this worker process if the training process is killed: grain's would live on."""
+    del worker, num_workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _close(iterators: list) -> None:
+    for iterator in iterators:
         iterator.close()
+    iterators.clear()
+    # Iterators in reference cycles hold shared memory, which would be reported as leaked at exit
+    # (google/grain issues 398 and 1031).
+    iterator = None
+    gc.collect()

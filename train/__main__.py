@@ -1,0 +1,195 @@
+"""The command line: ``python -m train [COMMAND] [OPTIONS]``; without a command, the demo.
+
+Exit codes: 0 done; 1 a fault of ours; 2 a wrong choice, or data that are missing; 3 NaN or Inf;
+4 the run directory is in use or holds another run; 75 stopped by SIGTERM and 130 by SIGINT, the
+state saved: start again to go on.
+"""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import sys
+import warnings
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+Help = tyro.conf.arg
+USAGE = """usage: python -m train [COMMAND] [OPTIONS]; --help after a command lists its options
+
+  demo       compare methods on noisy labels and draw the result (the default)
+  run        train one config in a run directory, or go on with it
+  evaluate   measure the newest checkpoint of a run directory
+  list       data sets, networks, methods, augmentations, label noise
+  models     every network with its input size, classes and parameter count
+  prepare    prepare a data set, once
+
+exit codes: 0 done; 2 a wrong choice or missing data; 3 NaN or Inf; 4 run directory in use or of
+another config; 75 (SIGTERM) and 130 (SIGINT) stopped with the state saved, start again to go on"""
+
+
+def _demo(args: list[str], console: Console) -> None:
+    from train import demo
+
+    demo.run(tyro.cli(demo.Demo, args=args, prog="python -m train demo"), console)
+
+
+def _run(args: list[str], console: Console) -> None:
+    from train import demo, trainer
+    from train.config import Config, ConfigError
+    from train.progress import Display
+
+    @dataclasses.dataclass(frozen=True)
+    class Run:
+        """Trains one config; start the same command again to go on after an interruption."""
+
+        out: Annotated[pathlib.Path, Help(help="the run directory")]
+        config: tyro.conf.OmitArgPrefixes[Config] = dataclasses.field(default_factory=Config)
+        resume: Annotated[
+            bool, Help(help="take the config from the run directory, not from the options")
+        ] = False
+        checkpoint_seconds: Annotated[
+            float, Help(help="save at the first end of an epoch after so long; 0: every epoch")
+        ] = 60.0
+        keep: Annotated[int, Help(help="checkpoints to keep")] = 2
+        tensorboard: Annotated[bool, Help(help="write metrics for TensorBoard too")] = True
+
+    chosen = tyro.cli(Run, args=args, prog="python -m train run")
+    config = chosen.config
+    if chosen.resume:
+        file = chosen.out / "config.json"
+        if not file.exists():
+            raise ConfigError(f"{chosen.out} holds no run: there is no config.json to resume from")
+        config = Config.from_json(json.loads(file.read_text()))
+    problem = trainer.load_problem(config)
+    demo.describe(problem, config, console)
+    console.print(f"{config.method}: {trainer.build_program(config, problem).how}")
+    with Display(console) as display:
+        options = display.follow(
+            config.method, config.epochs * problem.order.steps_per_epoch, config
+        )
+        options.checkpoint_seconds = chosen.checkpoint_seconds
+        options.keep = chosen.keep
+        options.tensorboard = chosen.tensorboard
+        result = trainer.train(config, chosen.out, options)
+    _print_figures(result, console)
+
+
+def _evaluate(args: list[str], console: Console) -> None:
+    from train import trainer
+
+    @dataclasses.dataclass(frozen=True)
+    class Evaluate:
+        """Measures the newest checkpoint of a run directory."""
+
+        run: Annotated[tyro.conf.Positional[pathlib.Path], Help(help="the run directory")]
+
+    _print_figures(
+        trainer.evaluate_run(tyro.cli(Evaluate, args=args, prog="python -m train evaluate").run),
+        console,
+    )
+
+
+def _print_figures(figures: dict[str, Any], console: Console) -> None:
+    for name, value in figures.items():
+        console.print(
+            f"{name:12} {value:.2f}" if isinstance(value, float) else f"{name:12} {value}"
+        )
+
+
+def _list(args: list[str], console: Console) -> None:
+    tyro.cli(lambda: None, args=args, prog="python -m train list")
+    import models
+    from train import augment, data, methods, noise
+
+    for title, names in (
+        ("data sets", data.NAMES),
+        ("networks", models.names()),
+        ("methods", methods.NAMES),
+        ("augmentations", augment.PRESETS),
+        ("label noise", (*noise.KINDS, "FILE.npz")),
+    ):
+        console.print(f"[bold]{title}[/bold]: {', '.join(names)}")
+
+
+def _models(args: list[str], console: Console) -> None:
+    tyro.cli(lambda: None, args=args, prog="python -m train models")
+    import models
+
+    table = Table("network", "input", "classes", "parameters")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in models.table():
+        shape = "×".join(map(str, row.input_shape))
+        table.add_row(row.name, shape, f"{row.num_classes:,}", f"{row.parameters:,}")
+    console.print(table)
+
+
+def _prepare(args: list[str], console: Console) -> None:
+    from train import data
+
+    @dataclasses.dataclass(frozen=True)
+    class Prepare:
+        """Prepares a data set, once, with TFDS; needs TensorFlow: pip install -e '.[prepare]'."""
+
+        name: Annotated[tyro.conf.Positional[str], Help(help="the data set")]
+        data_dir: Annotated[
+            pathlib.Path | None, Help(help="TFDS's data folder, if not ~/tensorflow_datasets")
+        ] = None
+        archives: Annotated[
+            pathlib.Path | None,
+            Help(help="a folder with the archives as their publishers serve them"),
+        ] = None
+
+    chosen = tyro.cli(Prepare, args=args, prog="python -m train prepare")
+    console.print(f"prepared: {data.prepare(chosen.name, chosen.data_dir, chosen.archives)}")
+
+
+COMMANDS = {
+    "demo": _demo,
+    "run": _run,
+    "evaluate": _evaluate,
+    "list": _list,
+    "models": _models,
+    "prepare": _prepare,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    console = Console()
+    if args and args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    name = args.pop(0) if args and not args[0].startswith("-") else "demo"
+    if name not in COMMANDS:
+        print(f"unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    warnings.showwarning = lambda message, *_: console.print(f"[yellow]warning:[/yellow] {message}")
+
+    from train.run_directory import RunDirectoryError
+    from train.trainer import Interrupted, NotFiniteError
+
+    try:
+        COMMANDS[name](args, console)
+    except Interrupted as stopped:
+        print(f"stopped by {stopped}", file=sys.stderr)
+        return 75 if stopped.signum == signal.SIGTERM else 130
+    except NotFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except RunDirectoryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

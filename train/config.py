@@ -1,0 +1,153 @@
+"""What a run is: every choice, typed, with its default; the command line is made from this."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from train import augment, data, methods, noise
+
+Help = tyro.conf.arg
+
+
+class ConfigError(ValueError):
+    """A choice that does not exist or does not fit the others; the message lists the right ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The choices of one run. Two runs of the same config end in the same bits."""
+
+    dataset: Annotated[str, Help(help=f"data set: {', '.join(data.NAMES)}")] = "digits"
+    data_dir: Annotated[
+        str | None, Help(help="where the data are, if not in the default place")
+    ] = None
+    train_size: Annotated[int | None, Help(help="train on this many examples, a fixed choice")] = (
+        None
+    )
+    network: Annotated[str, Help(help="network, one of `python -m train models`")] = "mlp"
+    hidden: Annotated[tuple[int, ...] | None, Help(help="widths of the hidden layers of `mlp`")] = (
+        None
+    )
+    augmentation: Annotated[str, Help(help=f"one of {', '.join(augment.PRESETS)}")] = "none"
+
+    method: Annotated[str, Help(help=f"one of {', '.join(methods.NAMES)}")] = "bilevel"
+    k: Annotated[int, Help(help="mini-batches per step, the validation mini-batch included")] = 8
+    b: Annotated[int, Help(help="examples per mini-batch")] = 8
+    lam: Annotated[float, Help(help="λ̂ of eq. (10)")] = 1.0
+    mu: Annotated[float, Help(help="μ̂ of eq. (10)")] = 0.01
+    num_validation: Annotated[int, Help(help="how many of the k are validation mini-batches")] = 1
+    normalize: Annotated[bool, Help(help="divide ω by its L1 norm (off: ablation a)")] = True
+    nonnegative: Annotated[bool, Help(help="clip ω at zero")] = False
+    groups: Annotated[
+        Literal["all", "layer", "leaf"],
+        Help(help="one ω for all, per layer (ablation b), per leaf"),
+    ] = "all"
+    form: Annotated[
+        Literal["auto", "streaming", "stacked", "multi_steps", "collective"],
+        Help(help="which form of the rule computes the update; auto chooses and says so"),
+    ] = "auto"
+    sampling: Annotated[
+        Literal["stratified", "random"],
+        Help(help="identical label distributions in the k mini-batches, or not (ablation c)"),
+    ] = "stratified"
+    validation_ratio: Annotated[
+        float, Help(help="share of the training set kept for validation only; 0: none is")
+    ] = 0.0
+    clean_validation: Annotated[
+        bool, Help(help="the validation mini-batches have true labels (with validation_ratio)")
+    ] = False
+
+    noise: Annotated[
+        str, Help(help="label noise: none, symmetric, uniform, pair_flip, or an .npz file")
+    ] = "symmetric"
+    noise_rate: Annotated[float, Help(help="share of the training labels it touches")] = 0.5
+    pixels: Annotated[
+        Literal["natural", "random", "shuffled"],
+        Help(help="permute pixels: differently in each image, or alike in all"),
+    ] = "natural"
+
+    epochs: Annotated[int, Help(help="passes over the training set")] = 100
+    learning_rate: Annotated[float, Help(help="initial learning rate")] = 0.03
+    schedule: Annotated[
+        Literal["constant", "exponential", "steps", "linear"],
+        Help(help="exponential: × decay an epoch; steps: ÷ 10 at 1/2 and 3/4; linear: to 0"),
+    ] = "exponential"
+    decay: Annotated[float, Help(help="factor per epoch of the exponential schedule")] = 0.95
+    momentum: Annotated[float, Help(help="of SGD, not Nesterov")] = 0.9
+    weight_decay: Annotated[float, Help(help="on kernels, added after the reweighting")] = 0.0
+    clip_norm: Annotated[float | None, Help(help="clip the reweighted gradient's norm")] = None
+    dropout_rate: Annotated[float | None, Help(help="probability of dropping; none: network's")] = (
+        None
+    )
+    dropout_masks: Annotated[
+        Literal["shared", "independent"],
+        Help(help="across the k mini-batches (independent: ablation d)"),
+    ] = "shared"
+    batch_statistics: Annotated[
+        Literal["mean", "training", "validation"],
+        Help(help="whose batch statistics enter the running averages: all k, T's, or V's"),
+    ] = "mean"
+    dtype: Annotated[Literal["float32", "bfloat16"], Help(help="compute dtype")] = "float32"
+    seed: Annotated[int, Help(help="of weights, noise, sampling and dropout")] = 0
+
+    def __post_init__(self):
+        """Raises ConfigError naming the field and the right values, before anything is loaded."""
+        import models
+
+        _one_of("dataset", self.dataset, data.NAMES)
+        _one_of("network", self.network, models.names())
+        _one_of("method", self.method, methods.NAMES)
+        _one_of("augmentation", self.augmentation, augment.PRESETS)
+        if not self.noise.endswith(".npz"):
+            _one_of("noise", self.noise, noise.KINDS, "or a path that ends in .npz")
+        for name in ("form", "groups", "sampling", "pixels", "schedule", "dtype"):
+            kinds = {f.name: f.type for f in dataclasses.fields(self)}[name]
+            _one_of(name, getattr(self, name), kinds.__origin__.__args__)
+        for name, low, high in (
+            ("k", 2, None), ("b", 1, None), ("epochs", 1, None), ("seed", 0, None),
+            ("noise_rate", 0, 1), ("validation_ratio", 0, 0.9), ("momentum", 0, 1),
+            ("train_size", 1, None), ("weight_decay", 0, None),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (value < low or (high is not None and value > high)):
+                bound = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise ConfigError(f"{name} must be {bound}, got {value}")
+        for name in ("lam", "mu", "learning_rate", "decay"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 1 <= self.num_validation < self.k:
+            raise ConfigError(
+                f"num_validation must be from 1 to k - 1 = {self.k - 1}, got {self.num_validation}"
+            )
+        if self.hidden is not None and self.network != "mlp":
+            raise ConfigError(f"hidden is for the network mlp, not {self.network}")
+        if self.clean_validation and not self.validation_ratio:
+            raise ConfigError("clean_validation needs a validation_ratio above 0")
+        methods.check_form(self.method, self.form)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, as `json` writes them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Config":
+        """The inverse of `to_json`."""
+        unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ConfigError(f"the config has fields unknown here: {', '.join(sorted(unknown))}")
+        hidden = fields.get("hidden")
+        return cls(**{**fields, "hidden": None if hidden is None else tuple(hidden)})
+
+    def digest(self) -> str:
+        """Eight characters that tell configs apart."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _one_of(name: str, value: str, known: Any, more: str = "") -> None:
+    if value not in known:
+        tail = f" {more}" if more else ""
+        raise ConfigError(f"unknown {name} {value!r}; known: {', '.join(known)}{tail}")

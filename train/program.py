@@ -1,0 +1,318 @@
+"""The compiled part of a run: what happens to a batch on the device, and nothing else."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import models
+from train import augment, methods
+from train.config import Config
+
+PyTree = Any
+
+SHARE_BINS = 5  # shares of noisy labels 0, 1/4, 1/2, 3/4, 1, rounded
+OMEGA_BINS = 101
+OMEGA_RANGE = 5.0  # ω̂·(k-1) from -5 to 5; a uniform weight is 1
+
+
+class Sums(NamedTuple):
+    """Running sums of an epoch, on the device; part of the checkpoint.
+
+    Attributes:
+        loss: sum of the mini-batches' losses; `losses` counts them.
+        given, true: numbers of examples whose given, and whose true label was predicted.
+        examples: number of examples seen.
+        steps: number of steps.
+        negative, effective: sums over steps of the share of negative weights and of 1/Σω̂².
+        dropped: number of mini-batches whose loss was not finite.
+        omega: histogram of ω̂·(k-1) by the share of noisy labels, [SHARE_BINS, OMEGA_BINS].
+        omega_sum: sum of ω̂·(k-1) by the share of noisy labels, [SHARE_BINS].
+    """
+
+    loss: jax.Array
+    losses: jax.Array
+    given: jax.Array
+    true: jax.Array
+    examples: jax.Array
+    steps: jax.Array
+    negative: jax.Array
+    effective: jax.Array
+    dropped: jax.Array
+    omega: jax.Array
+    omega_sum: jax.Array
+
+    @classmethod
+    def zeros(cls) -> "Sums":
+        """Sums at the start of an epoch."""
+        shapes = {"omega": (SHARE_BINS, OMEGA_BINS), "omega_sum": (SHARE_BINS,)}
+        return cls(**{name: jnp.zeros(shapes.get(name, ())) for name in cls._fields})
+
+
+class State(NamedTuple):
+    """The whole run: with the config, all that decides how it goes on.
+
+    Attributes:
+        step: steps done, int32 [].
+        params: the network's parameters.
+        batch_stats: running averages of batch norm, empty for networks without.
+        opt_state: state of the optimizer.
+        sums: of the epoch at hand.
+        failed: the first step that left a NaN or an Inf in the parameters or had no finite loss,
+            int32 []; -1 while there is none.
+    """
+
+    step: jax.Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    sums: Sums
+    failed: jax.Array
+
+
+class RawBatch(NamedTuple):
+    """What the host hands over for a step.
+
+    Attributes:
+        images: uint8 [k, b, h, w, c].
+        labels: given labels, int32 [k, b] or [k, b, classes].
+        true: true labels, likewise.
+    """
+
+    images: Any
+    labels: Any
+    true: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The functions of a run; the same for all its seeds.
+
+    Attributes:
+        init: ``key -> State``.
+        step: ``(state, raw_batch, key) -> state``; donates the state.
+        predict: ``(params, batch_stats, images uint8 [n, h, w, c], key) -> scores [n, classes]``,
+            log-probabilities (several labels: probabilities), averaged over views.
+        new_epoch: ``state -> state`` with its sums at zero; donates the state.
+        how: a line that says how the method computes.
+    """
+
+    init: Any
+    step: Any
+    predict: Any
+    new_epoch: Any
+    how: str
+
+
+def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """The schedule by the count of optimizer steps."""
+    total = config.epochs * steps_per_epoch
+    match config.schedule:
+        case "constant":
+            return optax.constant_schedule(config.learning_rate)
+        case "exponential":
+            return optax.exponential_decay(
+                config.learning_rate, steps_per_epoch, config.decay, staircase=True
+            )
+        case "steps":
+            return optax.piecewise_constant_schedule(
+                config.learning_rate, {total // 2: 0.1, 3 * total // 4: 0.1}
+            )
+        case _:
+            return optax.linear_schedule(config.learning_rate, 0.0, total)
+
+
+def optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    """What follows the reweighting: clipping, weight decay, SGD with momentum."""
+    parts = []
+    if config.clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=models.decay_mask))
+    parts.append(optax.sgd(learning_rate(config, steps_per_epoch), momentum=config.momentum))
+    return optax.chain(*parts)
+
+
+def build(
+    config: Config,
+    *,
+    image_shape: tuple[int, int, int],
+    max_value: int,
+    num_classes: int,
+    multi_label: bool,
+    steps_per_epoch: int,
+) -> Program:
+    """Builds the functions of a run; configs that differ in the seed alone share them."""
+    return _build(
+        dataclasses.replace(config, seed=0),
+        image_shape,
+        max_value,
+        num_classes,
+        multi_label,
+        steps_per_epoch,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _build(
+    config: Config,
+    image_shape: tuple[int, int, int],
+    max_value: int,
+    num_classes: int,
+    multi_label: bool,
+    steps_per_epoch: int,
+) -> Program:
+    preset = augment.preset(config.augmentation, image_shape, max_value)
+    method, how = methods.make(config)
+    tx = optimizer(config, steps_per_epoch)
+
+    def create(key: jax.Array) -> models.Network:
+        options = {} if config.hidden is None else {"hidden": config.hidden}
+        return models.create(
+            config.network,
+            num_classes=num_classes,
+            input_shape=preset.shape,
+            rngs=nnx.Rngs(params=key),
+            dtype=jnp.dtype(config.dtype),
+            dropout_rate=config.dropout_rate,
+            **options,
+        )
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: create(jax.random.key(0))))
+
+    def init(key: jax.Array) -> State:
+        _, params, batch_stats = nnx.split(create(key), nnx.Param, ...)
+        return State(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=tx.init(params),
+            sums=Sums.zeros(),
+            failed=jnp.full((), -1, jnp.int32),
+        )
+
+    def example_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        if multi_label:
+            return jnp.sum(optax.losses.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    def step(state: State, raw: RawBatch, key: jax.Array) -> State:
+        k, b = raw.labels.shape[:2]
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        images = jax.vmap(jax.vmap(preset.train))(jax.random.split(augment_key, (k, b)), raw.images)
+        if config.dropout_masks == "shared":
+            keys = jnp.broadcast_to(dropout_key, (k,))
+        else:
+            keys = jax.random.split(dropout_key, k)
+
+        def loss_fn(params: PyTree, batch: methods.Batch) -> tuple[jax.Array, Any]:
+            model = nnx.merge(graph, params, state.batch_stats, copy=True)
+            model.train()
+            logits = model(batch.images, rngs=nnx.Rngs(batch.key))
+            loss = jnp.mean(example_losses(logits, batch.labels))
+            return loss, (logits, nnx.state(model, nnx.BatchStat))
+
+        batches = methods.Batch(images, raw.labels, keys)
+        losses, (logits, new_stats), grads, weights = method(loss_fn, state.params, batches)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(
+            step=state.step + 1,
+            params=params,
+            batch_stats=jax.tree.map(
+                lambda x: _merge_stats(x, config.batch_statistics, config.num_validation), new_stats
+            ),
+            opt_state=opt_state,
+            sums=_add_step(state.sums, raw, losses, logits, weights, config.num_validation),
+            failed=_first_failure(state, losses, params),
+        )
+
+    def predict(
+        params: PyTree, batch_stats: PyTree, images: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        model = nnx.merge(graph, params, batch_stats, copy=True)
+        model.eval()
+        keys = jax.random.split(key, len(images))
+        views = preset.views or (lambda key, image: preset.evaluate(key, image)[None])
+        views = jax.vmap(views)(keys, images)  # [n, views, h, w, c]
+        n, v = views.shape[:2]
+        logits = model(views.reshape(n * v, *views.shape[2:])).reshape(n, v, -1)
+        if multi_label:
+            return jnp.mean(jax.nn.sigmoid(logits), axis=1)
+        return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1) - jnp.log(v)
+
+    def new_epoch(state: State) -> State:
+        return state._replace(sums=Sums.zeros())
+
+    return Program(
+        init=jax.jit(init),
+        step=jax.jit(step, donate_argnums=0),
+        predict=jax.jit(predict),
+        new_epoch=jax.jit(new_epoch, donate_argnums=0),
+        how=how,
+    )
+
+
+def _merge_stats(stats: jax.Array, policy: str, num_validation: int) -> jax.Array:
+    """Running averages [k, ...], each updated by one mini-batch, as one."""
+    if len(stats) == 1:
+        return stats[0]
+    kept = {"mean": slice(None), "training": slice(num_validation, None)}.get(
+        policy, slice(num_validation)
+    )
+    return jnp.mean(stats[kept], axis=0)
+
+
+def _first_failure(state: State, losses: jax.Array, params: PyTree) -> jax.Array:
+    finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)])
+    ok = jnp.all(finite) & jnp.any(jnp.isfinite(losses))
+    return jnp.where((state.failed >= 0) | ok, state.failed, state.step)
+
+
+def _add_step(
+    sums: Sums,
+    raw: RawBatch,
+    losses: jax.Array,
+    logits: jax.Array,
+    weights: jax.Array | None,
+    num_validation: int,
+) -> Sums:
+    k, b = raw.labels.shape[:2]
+    logits = logits.reshape(k * b, -1)
+    finite = jnp.isfinite(losses)
+
+    def correct(labels: jax.Array) -> jax.Array:
+        if labels.ndim == 3:  # several labels: the top score is one of them
+            top = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1], dtype=labels.dtype)
+            return jnp.sum(top * labels.reshape(k * b, -1)).astype(jnp.float32)
+        return jnp.sum(jnp.argmax(logits, -1) == labels.reshape(-1)).astype(jnp.float32)
+
+    sums = sums._replace(
+        loss=sums.loss + jnp.sum(jnp.where(finite, losses, 0)),
+        losses=sums.losses + jnp.sum(finite),
+        given=sums.given + correct(raw.labels),
+        true=sums.true + correct(raw.true),
+        examples=sums.examples + k * b,
+        steps=sums.steps + 1,
+        dropped=sums.dropped + jnp.sum(~finite),
+    )
+    if weights is None:
+        return sums
+    omega = weights[num_validation:]
+    l1, l2 = jnp.sum(jnp.abs(omega)), jnp.sum(jnp.square(omega))
+    scaled = omega * len(omega)
+    wrong = jnp.any((raw.labels != raw.true).reshape(k, b, -1), axis=-1)
+    share = jnp.mean(wrong[num_validation:], axis=1)
+    row = jnp.round(share * (SHARE_BINS - 1)).astype(jnp.int32)
+    place = (scaled + OMEGA_RANGE) / (2 * OMEGA_RANGE) * OMEGA_BINS
+    column = jnp.clip(jnp.floor(place), 0, OMEGA_BINS - 1).astype(jnp.int32)
+    return sums._replace(
+        negative=sums.negative + jnp.mean(omega < 0),
+        effective=sums.effective + jnp.where(l2 > 0, l1**2 / jnp.where(l2 > 0, l2, 1), 0),
+        omega=sums.omega.at[row, column].add(1),
+        omega_sum=sums.omega_sum.at[row].add(scaled),
+    )

@@ -1,0 +1,58 @@
+"""Progress of a run on a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from train.config import Config
+from train.trainer import Options
+
+
+class Display:
+    """A bar per run: epoch, steps, images per second, accuracy, time left."""
+
+    def __init__(self, console: Console):
+        """Draws on `console`."""
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            refresh_per_second=4,
+        )
+
+    def __enter__(self) -> "Display":
+        """Starts drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Leaves the last state on the screen."""
+        self._progress.stop()
+
+    def follow(self, title: str, steps: int, config: Config) -> Options:
+        """Options of a run that make it report to a new bar."""
+        task = self._progress.add_task(title, total=steps, figures="")
+
+        def on_epoch(line: dict[str, Any]) -> None:
+            self._progress.update(
+                task,
+                figures=f"epoch {line['epoch']}/{config.epochs}  "
+                f"test {line['test']:.1f}%  {line['images_per_second']:,.0f} images/s",
+            )
+
+        def on_step(step: int) -> None:
+            self._progress.update(task, completed=step)
+
+        return Options(on_epoch=on_epoch, on_step=on_step, on_finished=on_epoch)

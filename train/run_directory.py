@@ -1,0 +1,145 @@
+"""The folder of a run: one process at a time, every file says what it is.
+
+config.json        the choices of the run
+environment.json   versions, devices, command, git revision, one entry per start
+noise.npz          given and true labels of the training examples
+metrics.jsonl      a line per epoch
+result.json        the figures of a finished run
+checkpoints/       by Orbax
+tensorboard/       the metrics again
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+
+from train.config import Config
+
+
+class RunDirectoryError(RuntimeError):
+    """The folder is in use, or holds another run."""
+
+
+class RunDirectory:
+    """A run's folder, held by this process from `__enter__` to `__exit__`."""
+
+    def __init__(self, path: pathlib.Path, config: Config):
+        """Takes the folder, which need not exist, and the config it is for."""
+        self.path = path
+        self.config = config
+
+    def __enter__(self) -> "RunDirectory":
+        """Creates and locks the folder.
+
+        Raises:
+            RunDirectoryError: if another process holds it, or it holds a run of another config.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise RunDirectoryError(
+                f"{self.path} is in use by another process; wait for it or take another folder"
+            ) from error
+        try:
+            self._check_config()
+            self._append_environment()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Lets the folder go."""
+        self._lock.close()
+
+    def _check_config(self) -> None:
+        file = self.path / "config.json"
+        wanted = self.config.to_json()
+        if file.exists():
+            found = json.loads(file.read_text())
+            differ = [name for name in wanted if found.get(name) != wanted[name]]
+            if differ:
+                name = differ[0]
+                raise RunDirectoryError(
+                    f"{self.path} holds a run of another config: {name} is {found.get(name)!r} "
+                    f"there and {wanted[name]!r} here"
+                    + (f" ({len(differ) - 1} more differ)" if len(differ) > 1 else "")
+                    + "; take another folder, or delete this one"
+                )
+        else:
+            write_json(file, wanted)
+
+    def _append_environment(self) -> None:
+        file = self.path / "environment.json"
+        entries = json.loads(file.read_text()) if file.exists() else []
+        write_json(file, [*entries, environment()])
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one cut short by a kill is left out."""
+        return read_metrics(self.path)
+
+    def keep_metrics(self, before_step: int) -> list[dict[str, Any]]:
+        """Drops the lines of epochs that end after the given step; returns the others."""
+        kept = [line for line in self.metrics() if line["step"] <= before_step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        _replace(self.path / "metrics.jsonl", text)
+        return kept
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's metrics.jsonl."""
+    file = path / "metrics.jsonl"
+    if not file.exists():
+        return []
+    text = file.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def environment() -> dict[str, Any]:
+    """What a run's figures depend on beside its config."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    try:
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=pathlib.Path(__file__).parent,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        "revision": revision,
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "devices": [str(device.device_kind) for device in jax.devices()],
+    }
+
+
+def write_json(file: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file in one piece: it is there whole or not at all."""
+    _replace(file, json.dumps(value, indent=1) + "\n")
+
+
+def _replace(file: pathlib.Path, text: str) -> None:
+    temporary = file.with_suffix(file.suffix + ".new")
+    temporary.write_text(text)
+    temporary.replace(file)

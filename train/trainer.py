@@ -1,0 +1,418 @@
+"""The training loop: from a config to a run directory, resumable at any moment."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from train import data, noise, sampler
+from train.checkpoints import Checkpoints
+from train.config import Config, ConfigError
+from train.program import Program, RawBatch, State, build
+from train.run_directory import RunDirectory, write_json
+
+EVALUATED_TRAINING_EXAMPLES = 5000
+_EVALUATION_BATCH = 500
+
+# Streams of random numbers, apart from each other for every seed.
+_INIT, _STEPS, _SUBSET = 1, 2, 3
+
+
+class Interrupted(Exception):  # noqa: N818, not an error: the run can go on
+    """The run was asked to stop and has saved its state; `signum` says by what."""
+
+    def __init__(self, signum: int, step: int):
+        """Names the signal and the step that was saved."""
+        super().__init__(f"{signal.Signals(signum).name} at step {step}; start again to go on")
+        self.signum = signum
+
+
+class NotFiniteError(FloatingPointError):
+    """A step left NaN or Inf in the parameters, or had no finite loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a config trains on.
+
+    Attributes:
+        dataset: with the training split that is trained on, its labels the given ones.
+        true: the true labels of the training split.
+        order: which examples make up the mini-batches of each step.
+    """
+
+    dataset: data.Dataset
+    true: np.ndarray
+    order: sampler.Sampler
+
+
+@dataclasses.dataclass
+class Options:
+    """How a run is carried out; none of it changes its result.
+
+    Attributes:
+        checkpoint_seconds: save at the first end of an epoch after so many seconds; 0: at every.
+        keep: how many checkpoints to keep.
+        tensorboard: also write the metrics for TensorBoard.
+        on_epoch: called with every line of metrics.
+        on_step: called after every step with the number of steps done.
+        on_finished: called with the last line of metrics of a run that was finished before.
+    """
+
+    checkpoint_seconds: float = 60.0
+    keep: int = 2
+    tensorboard: bool = True
+    on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
+    on_step: Callable[[int], None] = lambda step: None
+    on_finished: Callable[[dict[str, Any]], None] = lambda line: None
+
+
+@functools.lru_cache(maxsize=2)
+def _dataset(name: str, data_dir: str | None) -> data.Dataset:
+    return data.load(name, data_dir)
+
+
+def load_problem(config: Config) -> Problem:
+    """Loads the data of a config, makes its noise and its order of examples.
+
+    Raises:
+        DataNotFoundError: if the data are not there.
+        ValueError: if the choices do not fit the data.
+    """
+    dataset = _dataset(config.dataset, config.data_dir)
+    train = dataset.train
+    if config.train_size is not None and config.train_size < len(train):
+        rng = np.random.default_rng([_SUBSET, config.train_size])  # the same for all seeds
+        train = train.take(np.sort(rng.permutation(len(train))[: config.train_size]))
+    elif config.train_size is not None and config.train_size > len(train):
+        raise ConfigError(
+            f"train_size is {config.train_size}, and {config.dataset} has {len(train)} examples"
+        )
+    if config.pixels != "natural":
+        train, test = (_permuted(split, config) for split in (train, dataset.test))
+        dataset = dataclasses.replace(dataset, test=test)
+    true = train.labels
+    if config.noise.endswith(".npz"):
+        given = noise.from_file(config.noise, true, dataset.num_classes)
+    elif config.noise == "none" or config.noise_rate == 0:
+        given = true
+    else:
+        if dataset.multi_label:
+            raise ConfigError(f"noise {config.noise} is for one label per example: take none")
+        given = noise.corrupt(
+            config.noise, true, config.noise_rate, dataset.num_classes, config.seed
+        )
+    given, order = _order(config, dataset, given, true)
+    train = dataclasses.replace(train, labels=given)
+    return Problem(dataclasses.replace(dataset, train=train), true, order)
+
+
+def _permuted(split: data.Split, config: Config) -> data.Split:
+    if not isinstance(split.images, np.ndarray):
+        raise ConfigError(f"pixels = {config.pixels} is for data sets that fit in memory")
+    if config.pixels == "shuffled":
+        return data.Split(noise.shuffled_pixels(split.images, config.seed), split.labels)
+    indices = np.arange(len(split))
+    return data.Split(noise.random_pixels(split.images, indices, config.seed), split.labels)
+
+
+def _order(
+    config: Config, dataset: data.Dataset, given: np.ndarray, true: np.ndarray
+) -> tuple[np.ndarray, sampler.Sampler]:
+    k, b, seed = config.k, config.b, config.seed
+    if config.sampling == "random":
+        return given, sampler.random(len(given), k, b, seed=seed)
+    if dataset.multi_label:
+        return given, sampler.multi_label(given, k, b, seed=seed)
+    if not config.validation_ratio:
+        return given, sampler.stratified(given, k, b, seed=seed, class_names=dataset.class_names)
+    held_out = sampler.hold_out(given, config.validation_ratio, seed=seed)
+    if config.clean_validation:
+        given = given.copy()
+        given[held_out] = true[held_out]
+    return given, sampler.separate_validation(
+        given,
+        k,
+        b,
+        held_out,
+        seed=seed,
+        num_validation=config.num_validation,
+        class_names=dataset.class_names,
+    )
+
+
+def build_program(config: Config, problem: Problem) -> Program:
+    """The compiled functions for a problem."""
+    dataset = problem.dataset
+    return build(
+        config,
+        image_shape=dataset.image_shape,
+        max_value=dataset.max_value,
+        num_classes=dataset.num_classes,
+        multi_label=dataset.multi_label,
+        steps_per_epoch=problem.order.steps_per_epoch,
+    )
+
+
+def train(
+    config: Config, directory: pathlib.Path, options: Options | None = None
+) -> dict[str, Any]:
+    """Trains, or goes on training, the run in `directory`; returns its result.
+
+    A finished run is not trained again. The run ends in the same bits however often it was
+    interrupted.
+
+    Raises:
+        RunDirectoryError: if another process holds the folder, or it holds another run.
+        DataNotFoundError, ValueError: as `load_problem`.
+        Interrupted: after SIGTERM or SIGINT, with the state saved.
+        NotFiniteError: naming the step; the checkpoints before it are kept.
+    """
+    options = options or Options()
+    with RunDirectory(directory, config) as run:
+        result_file = directory / "result.json"
+        if result_file.exists():
+            last = run.metrics()[-1]
+            options.on_step(last["step"])
+            options.on_finished(last)
+            return json.loads(result_file.read_text())
+        problem = load_problem(config)
+        program = build_program(config, problem)
+        if not problem.dataset.multi_label:
+            noise.save(directory / "noise.npz", problem.dataset.train.labels, problem.true)
+        with (
+            Checkpoints(directory / "checkpoints", options.keep) as checkpoints,
+            _stop_signals() as asked_to_stop,
+            _tensorboard(directory, options.tensorboard) as write_scalars,
+        ):
+            history = _loop(
+                config, problem, program, run, checkpoints, asked_to_stop, write_scalars, options
+            )
+        result = summarize(history)
+        write_json(result_file, result)
+        return result
+
+
+def _loop(
+    config: Config,
+    problem: Problem,
+    program: Program,
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+    asked_to_stop: Callable[[], int | None],
+    write_scalars: Callable[[dict[str, Any]], None],
+    options: Options,
+) -> list[dict[str, Any]]:
+    steps_per_epoch = problem.order.steps_per_epoch
+    num_steps = config.epochs * steps_per_epoch
+    key = jax.random.key(config.seed)
+    step_key = jax.random.fold_in(key, _STEPS)
+
+    state = program.init(jax.random.fold_in(key, _INIT))
+    restored = checkpoints.restore(state)
+    state = state if restored is None else restored
+    step = int(state.step)
+    history = run.keep_metrics(step)
+    last_save = started = time.monotonic()
+    seconds_before = history[-1]["seconds"] if history else 0.0
+    epoch_started, waited = started, 0.0
+
+    labels, true = problem.dataset.train.labels, problem.true
+    batches = data.batches(
+        problem.dataset.train, problem.order, first_step=step, num_steps=num_steps
+    )
+    with contextlib.closing(_iterator(batches)) as batches:
+        while step < num_steps:
+            before = time.monotonic()
+            indices, images = next(batches)
+            waited += time.monotonic() - before
+            raw = jax.device_put(RawBatch(images, labels[indices], true[indices]))
+            with jax.transfer_guard("disallow"):
+                state = program.step(state, raw, step_key)
+            step += 1
+            options.on_step(step)
+
+            if step % steps_per_epoch == 0:
+                _check_finite(state)
+                now = time.monotonic()
+                line = {
+                    "epoch": step // steps_per_epoch,
+                    "step": step,
+                    **_training_figures(state, config),
+                    **evaluate(program, state, problem),
+                    "images_per_second": steps_per_epoch
+                    * config.k
+                    * config.b
+                    / (now - epoch_started),
+                    "waiting": waited / (now - epoch_started),
+                    "seconds": seconds_before + time.monotonic() - started,
+                }
+                run.append_metrics(line)
+                write_scalars(line)
+                options.on_epoch(line)
+                history.append(line)
+                state = program.new_epoch(state)
+                epoch_started, waited = time.monotonic(), 0.0
+                if step == num_steps or epoch_started - last_save >= options.checkpoint_seconds:
+                    checkpoints.save(step, state)
+                    last_save = epoch_started
+            if (signum := asked_to_stop()) is not None and step < num_steps:
+                _check_finite(state)
+                checkpoints.save(step, state, wait=True)
+                raise Interrupted(signum, step)
+    return history
+
+
+def _iterator(batches: Any) -> Generator[Any]:
+    yield from batches
+
+
+def _check_finite(state: State) -> None:
+    failed = int(jax.device_get(state.failed))
+    if failed >= 0:
+        raise NotFiniteError(
+            f"step {failed} left NaN or Inf in the parameters, or had no finite loss; the "
+            "checkpoint before it is kept. A smaller learning rate or a clip_norm may help"
+        )
+
+
+def _training_figures(state: State, config: Config) -> dict[str, Any]:
+    """Figures of the epoch's steps, in training mode (augmentation, dropout, batch statistics)."""
+    sums = jax.tree.map(np.asarray, jax.device_get(state.sums))
+    figures = {
+        "loss": float(sums.loss / max(sums.losses, 1)),
+        "running_given": float(sums.given / sums.examples),
+        "running_true": float(sums.true / sums.examples),
+        "not_finite": int(sums.dropped),
+    }
+    if config.method == "sgd":
+        return figures
+    counts = sums.omega.sum(1)
+    return {
+        **figures,
+        "omega_negative": float(sums.negative / sums.steps),
+        "omega_effective": float(sums.effective / sums.steps),
+        "omega_mean": float(sums.omega_sum.sum() / max(counts.sum(), 1)),
+        "omega_by_share": [
+            float(total / count) if count else None
+            for total, count in zip(sums.omega_sum, counts, strict=True)
+        ],
+        "omega_histogram": sums.omega.astype(int).tolist(),
+    }
+
+
+def evaluate(program: Program, state: State, problem: Problem) -> dict[str, float]:
+    """Test accuracy (several labels: mean average precision), and accuracy on the training set.
+
+    The training set is measured on its first 5,000 examples, without augmentation and dropout,
+    against the given and against the true labels.
+    """
+    dataset = problem.dataset
+    train = dataset.train
+    part = np.arange(min(len(train), EVALUATED_TRAINING_EXAMPLES))
+    scores = predict(program, state, train.take(part))
+    return {
+        "test": measure(predict(program, state, dataset.test), dataset.test.labels),
+        "train_given": measure(scores, train.labels[part]),
+        "train_true": measure(scores, problem.true[part]),
+    }
+
+
+def evaluate_run(directory: pathlib.Path) -> dict[str, Any]:
+    """Measures the newest checkpoint of a run directory as `evaluate` does.
+
+    Raises:
+        ConfigError: if there is no run, or no checkpoint yet.
+    """
+    file = directory / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{directory} holds no run: there is no config.json")
+    config = Config.from_json(json.loads(file.read_text()))
+    problem = load_problem(config)
+    program = build_program(config, problem)
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        state = checkpoints.restore(program.init(jax.random.key(0)))
+    if state is None:
+        raise ConfigError(f"{directory} has no checkpoint yet")
+    return {"step": int(state.step), **evaluate(program, state, problem)}
+
+
+def predict(program: Program, state: State, split: data.Split) -> np.ndarray:
+    """Scores [n, classes] of every image of a split, without augmentation and dropout."""
+    size = min(_EVALUATION_BATCH, len(split))
+    key = jax.random.key(0)  # of the random crops that some presets average over
+    parts = []
+    for i, (_, images, valid) in enumerate(data.in_order(split, size)):
+        batch_key = jax.random.fold_in(key, i)
+        scores = program.predict(state.params, state.batch_stats, jax.device_put(images), batch_key)
+        parts.append(jax.device_get(scores)[valid])
+    return np.concatenate(parts)
+
+
+def measure(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Accuracy in percent; where examples have several labels, mean average precision."""
+    if labels.ndim == 1:
+        return 100 * float(np.mean(np.argmax(scores, -1) == labels))
+    from sklearn.metrics import average_precision_score
+
+    present = labels.any(axis=0)
+    return 100 * float(average_precision_score(labels[:, present], scores[:, present]))
+
+
+def summarize(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result of a finished run."""
+    last = history[-1]
+    best = max(history, key=lambda line: line["test"])
+    return {
+        "test_last": last["test"],
+        "test_best": best["test"],
+        "best_epoch": best["epoch"],
+        "train_noisy": last["train_given"],
+        "train_clean": last["train_true"],
+        "epochs": last["epoch"],
+        "steps": last["step"],
+        "seconds": last["seconds"],
+    }
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], int | None]]:
+    """Within, SIGTERM and SIGINT only set what the yielded function returns."""
+    received: list[int] = []
+    previous = {}
+    with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            previous[signum] = signal.signal(signum, lambda number, _: received.append(number))
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _tensorboard(
+    directory: pathlib.Path, wanted: bool
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    if not wanted:
+        yield lambda line: None
+        return
+    import tensorboardX
+
+    with tensorboardX.SummaryWriter(str(directory / "tensorboard")) as writer:
+
+        def write(line: dict[str, Any]) -> None:
+            for name, value in line.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, line["step"])
+            writer.flush()
+
+        yield write
