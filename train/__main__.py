@@ -23,6 +23,7 @@ USAGE = """usage: python -m train [COMMAND] [OPTIONS]; --help after a command li
   demo       compare methods on noisy labels and draw the result (the default)
   run        train one config in a run directory, or go on with it
   evaluate   measure the newest checkpoint of a run directory
+  relabel    label the training set by a run's network, dropout left on: realistic noise
   list       data sets, networks, methods, augmentations, label noise
   models     every network with its input size, classes and parameter count
   prepare    prepare a data set, once
@@ -93,6 +94,25 @@ def _evaluate(args: list[str], console: Console) -> None:
     )
 
 
+def _relabel(args: list[str], console: Console) -> None:
+    from train import noise, trainer
+
+    @dataclasses.dataclass(frozen=True)
+    class Relabel:
+        """Writes the labels that a run's network gives its training set with dropout left on."""
+
+        run: Annotated[tyro.conf.Positional[pathlib.Path], Help(help="the run directory")]
+        out: Annotated[pathlib.Path, Help(help="the file to write, for --noise of another run")]
+        seed: Annotated[int, Help(help="of the dropout masks")] = 0
+
+    chosen = tyro.cli(Relabel, args=args, prog="python -m train relabel")
+    if chosen.out.suffix != ".npz":
+        raise ValueError(f"--out must end in .npz, got {chosen.out}")
+    given, true = trainer.relabel_run(chosen.run, chosen.seed)
+    noise.save(chosen.out, given, true)
+    console.print(f"{chosen.out}: {100 * (given != true).mean():.1f}% of the labels wrong")
+
+
 def _print_figures(figures: dict[str, Any], console: Console) -> None:
     for name, value in figures.items():
         console.print(
@@ -152,6 +172,7 @@ COMMANDS = {
     "demo": _demo,
     "run": _run,
     "evaluate": _evaluate,
+    "relabel": _relabel,
     "list": _list,
     "models": _models,
     "prepare": _prepare,

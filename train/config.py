@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -28,6 +28,9 @@ class Config:
         None
     )
     network: Annotated[str, Help(help="network, one of `python -m train models`")] = "mlp"
+    pretrained: Annotated[
+        str | None, Help(help="start resnet50 from these torchvision weights (.safetensors)")
+    ] = None
     hidden: Annotated[tuple[int, ...] | None, Help(help="widths of the hidden layers of `mlp`")] = (
         None
     )
@@ -103,9 +106,9 @@ class Config:
         _one_of("augmentation", self.augmentation, augment.PRESETS)
         if not self.noise.endswith(".npz"):
             _one_of("noise", self.noise, noise.KINDS, "or a path that ends in .npz")
-        for name in ("form", "groups", "sampling", "pixels", "schedule", "dtype"):
-            kinds = {f.name: f.type for f in dataclasses.fields(self)}[name]
-            _one_of(name, getattr(self, name), kinds.__origin__.__args__)
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                _one_of(name, getattr(self, name), get_args(kind))
         for name, low, high in (
             ("k", 2, None), ("b", 1, None), ("epochs", 1, None), ("seed", 0, None),
             ("noise_rate", 0, 1), ("validation_ratio", 0, 0.9), ("momentum", 0, 1),
@@ -124,6 +127,8 @@ class Config:
             )
         if self.hidden is not None and self.network != "mlp":
             raise ConfigError(f"hidden is for the network mlp, not {self.network}")
+        if self.pretrained is not None and self.network != "resnet50":
+            raise ConfigError(f"pretrained is for the network resnet50, not {self.network}")
         if self.clean_validation and not self.validation_ratio:
             raise ConfigError("clean_validation needs a validation_ratio above 0")
         methods.check_form(self.method, self.form)

@@ -26,8 +26,8 @@ Help = tyro.conf.arg
 LABELS = {
     "sgd": "SGD",
     "uniform": "uniform",
-    "bilevel": "bilevel (10)",
-    "bilevel_exact": "bilevel (8)",
+    "bilevel": "bilevel",
+    "bilevel_exact": "exact (8)",
 }
 
 
@@ -69,7 +69,8 @@ def run(demo: Demo, console: Console) -> dict[str, Any]:
     with Display(console) as display:
         for number, config in enumerate(arms, 1):
             directory = demo.out / "arms" / f"{config.method}-s{config.seed}-{config.digest()}"
-            steps = config.epochs * problem.order.steps_per_epoch
+            # Noise, and with it the number of k-tuples of a class, differs between seeds.
+            steps = config.epochs * trainer.load_problem(config).order.steps_per_epoch
             title = f"[{number}/{len(arms)}] {config.method}, seed {config.seed}"
             options = display.follow(title, steps, config)
             options.tensorboard = False

@@ -78,11 +78,13 @@ def _histogram(axes: Any, method: str, seeds: list[list[dict[str, Any]]]) -> Non
                 share, edges, fill=True, alpha=0.45, color=color, label=f"{label}: mean {mean:.2f}"
             )
     axes.axvline(1, color="black", lw=0.8, ls=":")
-    axes.text(1.05, 0.97, "uniform", transform=axes.get_xaxis_transform(), va="top", fontsize=8)
+    axes.text(1.1, 0.02, "uniform weight", transform=axes.get_xaxis_transform(), fontsize=8)
+    low, high = axes.get_ylim()
+    axes.set_yscale("log")
+    axes.set_ylim(max(low, 1e-5), 20 * high)  # room for the legend
     axes.set(
         title=f"Weights of mini-batches, {STYLES[method][0]}",
-        xlabel="ω̂ · (k-1)",
+        xlabel="ω̂ · (k-1); the outer bars are all beyond ±5",
         ylabel="share of mini-batches",
-        yscale="log",
     )
     axes.legend(frameon=False, loc="upper left")

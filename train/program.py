@@ -96,7 +96,8 @@ class Program:
         init: ``key -> State``.
         step: ``(state, raw_batch, key) -> state``; donates the state.
         predict: ``(params, batch_stats, images uint8 [n, h, w, c], key) -> scores [n, classes]``,
-            log-probabilities (several labels: probabilities), averaged over views.
+            log-probabilities (several labels: probabilities), averaged over views; with
+            ``dropout=True`` dropout stays on.
         new_epoch: ``state -> state`` with its sums at zero; donates the state.
         how: a line that says how the method computes.
     """
@@ -184,8 +185,20 @@ def _build(
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: create(jax.random.key(0))))
 
+    @jax.jit
+    def start(key: jax.Array) -> State:
+        return state_of(create(key))
+
     def init(key: jax.Array) -> State:
-        _, params, batch_stats = nnx.split(create(key), nnx.Param, ...)
+        if config.pretrained is None:
+            return start(key)
+        model = create(key)
+        assert isinstance(model, models.ResNet50)
+        models.load_pretrained(model, config.pretrained, replace_head=num_classes != 1000)
+        return state_of(model)
+
+    def state_of(model: models.Network) -> State:
+        _, params, batch_stats = nnx.split(model, nnx.Param, ...)
         return State(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -232,15 +245,23 @@ def _build(
         )
 
     def predict(
-        params: PyTree, batch_stats: PyTree, images: jax.Array, key: jax.Array
+        params: PyTree,
+        batch_stats: PyTree,
+        images: jax.Array,
+        key: jax.Array,
+        dropout: bool = False,
     ) -> jax.Array:
         model = nnx.merge(graph, params, batch_stats, copy=True)
         model.eval()
-        keys = jax.random.split(key, len(images))
+        if dropout:  # and batch norm still by its running averages
+            model.dropout.train()
+        crop_key, dropout_key = jax.random.split(key)
+        keys = jax.random.split(crop_key, len(images))
         views = preset.views or (lambda key, image: preset.evaluate(key, image)[None])
         views = jax.vmap(views)(keys, images)  # [n, views, h, w, c]
         n, v = views.shape[:2]
-        logits = model(views.reshape(n * v, *views.shape[2:])).reshape(n, v, -1)
+        flat = views.reshape(n * v, *views.shape[2:])
+        logits = model(flat, rngs=nnx.Rngs(dropout_key)).reshape(n, v, -1)
         if multi_label:
             return jnp.mean(jax.nn.sigmoid(logits), axis=1)
         return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1) - jnp.log(v)
@@ -249,9 +270,9 @@ def _build(
         return state._replace(sums=Sums.zeros())
 
     return Program(
-        init=jax.jit(init),
+        init=init,
         step=jax.jit(step, donate_argnums=0),
-        predict=jax.jit(predict),
+        predict=jax.jit(predict, static_argnames="dropout"),
         new_epoch=jax.jit(new_epoch, donate_argnums=0),
         how=how,
     )

@@ -5,10 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -17,17 +15,15 @@ from train.trainer import Options
 
 
 class Display:
-    """A bar per run: epoch, steps, images per second, accuracy, time left."""
+    """A bar per run: epoch, test accuracy, images per second, time left or taken."""
 
     def __init__(self, console: Console):
         """Draws on `console`."""
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console,
             refresh_per_second=4,
         )
@@ -48,8 +44,8 @@ class Display:
         def on_epoch(line: dict[str, Any]) -> None:
             self._progress.update(
                 task,
-                figures=f"epoch {line['epoch']}/{config.epochs}  "
-                f"test {line['test']:.1f}%  {line['images_per_second']:,.0f} images/s",
+                figures=f"epoch {line['epoch']}/{config.epochs} test {line['test']:.1f}% "
+                f"{line['images_per_second']:,.0f} img/s",
             )
 
         def on_step(step: int) -> None:

@@ -332,6 +332,12 @@ def evaluate_run(directory: pathlib.Path) -> dict[str, Any]:
     Raises:
         ConfigError: if there is no run, or no checkpoint yet.
     """
+    _, problem, program, state = _open(directory)
+    return {"step": int(state.step), **evaluate(program, state, problem)}
+
+
+def _open(directory: pathlib.Path) -> tuple[Config, Problem, Program, State]:
+    """The newest checkpoint of a run directory, with what it belongs to."""
     file = directory / "config.json"
     if not file.exists():
         raise ConfigError(f"{directory} holds no run: there is no config.json")
@@ -342,13 +348,40 @@ def evaluate_run(directory: pathlib.Path) -> dict[str, Any]:
         state = checkpoints.restore(program.init(jax.random.key(0)))
     if state is None:
         raise ConfigError(f"{directory} has no checkpoint yet")
-    return {"step": int(state.step), **evaluate(program, state, problem)}
+    return config, problem, program, state
 
 
-def predict(program: Program, state: State, split: data.Split) -> np.ndarray:
-    """Scores [n, classes] of every image of a split, without augmentation and dropout."""
+def relabel_run(directory: pathlib.Path, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Labels the training set by a run's network with dropout left on, the paper's noise model.
+
+    "We use the predicted labels of a pre-trained AlexNet to model realistic label noise ... we
+    leave dropout active when making the predictions on the training set" (section 5.3).
+
+    Returns:
+        (given, true) labels of the training split, int32 [n] each.
+    """
+    config, problem, program, state = _open(directory)
+    if problem.dataset.multi_label:
+        raise ConfigError(f"{config.dataset} has several labels per example: nothing to relabel")
+    scores = predict(program, state, problem.dataset.train, dropout=True, seed=seed)
+    predicted = np.argmax(scores, axis=-1)
+    return noise.model_made(problem.true, predicted, problem.dataset.num_classes), problem.true
+
+
+def predict(
+    program: Program, state: State, split: data.Split, *, dropout: bool = False, seed: int = 0
+) -> np.ndarray:
+    """Scores [n, classes] of every image of a split, without augmentation.
+
+    Args:
+        program: the compiled functions.
+        state: with the parameters to use.
+        split: the images.
+        dropout: leave dropout on.
+        seed: of the dropout masks, and of the random crops that some presets average over.
+    """
     size = min(_EVALUATION_BATCH, len(split))
-    key = jax.random.key(0)  # of the random crops that some presets average over
+    key = jax.random.key(seed)
     parts = []
     for i, (_, images, valid) in enumerate(data.in_order(split, size)):
         batch_key = jax.random.fold_in(key, i)
@@ -358,7 +391,7 @@ def predict(program: Program, state: State, split: data.Split) -> np.ndarray:
 
 
 def measure(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Accuracy in percent; where examples have several labels, mean average precision."""
+    """Accuracy, or mean average precision where examples have several labels; in percent."""
     if labels.ndim == 1:
         return 100 * float(np.mean(np.argmax(scores, -1) == labels))
     from sklearn.metrics import average_precision_score

@@ -205,7 +205,7 @@ def test_mixup(per_batch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: augment.preset("alexnet", (32, 32, 3)), "known: none, cifarnet, inception, prea"),
+        (lambda: augment.preset("alexnet", (32, 32, 3)), "known: none, standardize, cifarnet, inc"),
         (lambda: augment.preset("cifarnet", (8, 8, 1)), "crops to 28x28: images of 8x8 are too sm"),
         (lambda: augment.preset("inception", (20, 32, 1)), "images of 20x32 are too small"),
         (lambda: augment.preset("none", (32, 32, 3), size=8), "keeps the size of the images"),

@@ -1,0 +1,71 @@
+"""Gradients and losses that several tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def stack_of(seed, shapes, k, dtype=jnp.float32, scale=1.0):
+    """A list of leaves [k, *shape], normally distributed around a direction all share."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape):
+        x = rng.normal(size=shape) + 0.5 * rng.normal(size=shape[1:])
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            x = x + 1j * rng.normal(size=shape)
+        return jnp.asarray(x * scale, dtype)
+
+    return [draw((k, *shape)) for shape in shapes]
+
+
+def params_of(seed=0):
+    """A small network's parameters: odd sizes, a scalar, an array of one entry."""
+    rng = np.random.default_rng(seed)
+    shapes = {"hidden": {"kernel": (5, 7), "bias": (7,)}, "head": {"kernel": (7, 3), "bias": (3,)}}
+    params = jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape) / 2, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    return {**params, "gain": jnp.float32(0.7), "shift": jnp.full((1,), 0.1, jnp.float32)}
+
+
+def batches_of(k, b=4, seed=1):
+    """k mini-batches of b examples, leaves [k, b, ...]."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(k, b, 5))
+    y = np.tanh(x @ rng.normal(size=(5, 3))) + 0.1 * rng.normal(size=(k, b, 3))
+    return {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(y, jnp.float32)}
+
+
+def outputs(params, x):
+    hidden = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
+    head = hidden @ params["head"]["kernel"] + params["head"]["bias"][None]
+    return params["gain"] * head + params["shift"][0]
+
+
+def loss(params, batch):
+    """Mean squared error of a network of one hidden layer."""
+    return jnp.mean(jnp.square(outputs(params, batch["x"]) - batch["y"]))
+
+
+def stacked_gradients(params, batches, loss_fn=loss):
+    return jax.jit(jax.vmap(jax.grad(loss_fn), in_axes=(None, 0)))(params, batches)
+
+
+def distance(a, b):
+    """|a - b| / |b| over all leaves, in float64."""
+    flat_a, flat_b = (
+        np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+        for tree in (a, b)
+    )
+    return np.linalg.norm(flat_a - flat_b) / np.linalg.norm(flat_b)
+
+
+def assert_close(a, b, tolerance=1e-6):
+    """The two trees agree in structure, shapes and dtypes, and to `tolerance`, norm-wise."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.shape == y.shape
+        assert x.dtype == y.dtype
+    assert distance(a, b) <= tolerance

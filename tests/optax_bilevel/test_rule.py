@@ -1,0 +1,297 @@
+"""The rule against a float64 oracle, and the identities that follow from the equations.
+
+What "relative" means. ⟨g_v, g_i⟩ may cancel to nothing, so its rounding error is relative to
+|g_v||g_i|, not to itself; the oracle carries that (and, for eq. (8), the conditioning of the linear
+system) through the equations as a bound for a relative error of 1. Errors are held to 1e-6 of this
+bound in float32 and 1e-12 in float64. Without cancellation the bound is a small multiple of the
+result itself.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import optax_bilevel
+from tests.optax_bilevel import oracle
+from tests.optax_bilevel.problems import assert_close, stack_of
+
+# A pool of shapes, so that compiled operations are met again; scalars and odd sizes among them.
+SHAPES = st.lists(st.sampled_from([(), (1,), (3,), (2, 5), (17,), (4, 3, 2)]), min_size=1, max_size=4)
+POWER = st.floats(-6, 6).map(lambda x: 10.0**x)
+
+
+@st.composite
+def cases(draw):
+    """A stack (seed, shapes, k, scale), the groups as users give them, and the options."""
+    shapes = draw(SHAPES)
+    num_validation = draw(st.integers(1, 3))
+    k = draw(st.integers(num_validation + 1, 32))
+    kind = draw(st.sampled_from([None, "leaf", "labels"]))
+    labels = draw(st.lists(st.sampled_from("abc"), min_size=len(shapes), max_size=len(shapes)))
+    if kind == "labels":
+        groups, order = labels, list(dict.fromkeys(labels))
+        ids = [order.index(label) for label in labels]
+    else:
+        groups, ids = kind, ([0] * len(shapes) if kind is None else list(range(len(shapes))))
+    options = {
+        "lam": draw(POWER),
+        "mu": draw(POWER),
+        "num_validation": num_validation,
+        "solver": draw(st.sampled_from(["diagonal", "exact"])),
+        "normalize": draw(st.booleans()),
+        "nonnegative": draw(st.booleans()),
+    }
+    return draw(st.integers(0, 2**31)), shapes, k, draw(POWER), groups, ids, options
+
+
+def run(leaves, groups, options):
+    """(weights [groups, k], update leaves) of the library."""
+    weights = optax_bilevel.bilevel_weights(leaves, groups=groups, **options)
+    tx = optax_bilevel.bilevel_reweight(groups=groups, **options)
+    update, _ = tx.update(leaves, tx.init(None))
+    return np.atleast_2d(np.asarray(weights, np.float64)), update
+
+
+def check(case, dtype, eps):
+    seed, shapes, k, scale, groups, ids, options = case
+    if dtype == jnp.float16:
+        scale = 10 ** (np.log10(scale) / 2)  # 1e±6 is beyond float16
+    leaves = stack_of(seed, shapes, k, dtype, scale)
+    weights, update = run(leaves, groups, options)
+    expected = oracle.reweight(leaves, ids, **options)
+    info = jnp.finfo(dtype)
+
+    nothing = ~weights.any(axis=1)
+    total = np.abs(weights).sum(axis=1)
+    assert np.isfinite(weights).all()
+    assert not weights[:, : options["num_validation"]].any()
+    if options["normalize"]:
+        np.testing.assert_allclose(total[~nothing], 1, rtol=1e-6)
+    if options["nonnegative"]:
+        assert (weights >= 0).all()
+
+    for group in range(len(weights)):
+        # A bound of 10% says that rounding decides what comes out: nothing to compare.
+        size = np.abs(expected.weights[group]).sum()
+        if eps * expected.weights_bound[group] > 0.1 * max(size, 1e-300):
+            continue
+        error = np.abs(weights[group] - expected.weights[group]).sum()
+        assert error <= eps * max(expected.weights_bound[group], size)
+
+        mine = [
+            (oracle.widen(u), e)
+            for u, e, g in zip(update, expected.update, ids, strict=True)
+            if g == group
+        ]
+        largest = max(np.abs(e).max() for _, e in mine)
+        if largest > float(info.max) / 2:
+            continue  # float16 without the normalisation
+        error = np.sqrt(sum(np.sum(np.abs(u - e) ** 2) for u, e in mine))
+        size = np.sqrt(sum(np.sum(np.abs(e) ** 2) for _, e in mine))
+        # The cast to the leaves' dtype rounds once, and flushes what is too small for it.
+        cast = float(info.eps) / 2 * size + float(info.tiny) * np.sqrt(sum(e.size for _, e in mine))
+        assert error <= eps * expected.update_bound[group] + cast
+    for u, leaf in zip(update, leaves, strict=True):
+        assert u.dtype == leaf.dtype
+        assert u.shape == leaf.shape[1:]
+
+
+@given(case=cases())
+def test_matches_the_oracle_in_float32(case):
+    check(case, jnp.float32, 1e-6)
+
+
+@given(case=cases(), dtype=st.sampled_from([jnp.bfloat16, jnp.float16, jnp.complex64]))
+def test_matches_the_oracle_in_other_dtypes(case, dtype):
+    """Half precision costs nothing but the rounding of its gradients, which the oracle gets too."""
+    check(case, dtype, 1e-6)
+
+
+@given(case=cases(), dtype=st.sampled_from([jnp.float64, jnp.complex128]))
+def test_matches_the_oracle_in_float64(case, dtype):
+    with jax.enable_x64(True):
+        check(case, dtype, 1e-12)
+
+
+@given(case=cases())
+def test_bfloat16_weights_are_near_float32s(case):
+    """Gradients rounded to bfloat16, to 3 digits, against the unrounded ones."""
+    seed, shapes, k, scale, groups, ids, options = case
+    options = {**options, "solver": "diagonal", "normalize": True}
+    leaves = stack_of(seed, shapes, k, jnp.float32, scale)
+    rounded = [x.astype(jnp.bfloat16) for x in leaves]
+    weights, _ = run(leaves, groups, options)
+    same, _ = run([x.astype(jnp.float32) for x in rounded], groups, options)
+    half, _ = run(rounded, groups, options)
+    bound = oracle.reweight(leaves, ids, **options).weights_bound
+    np.testing.assert_allclose(half, same, atol=1e-6)
+    for group in range(len(weights)):
+        assert np.abs(half[group] - weights[group]).max() <= 1e-2 * max(bound[group], 1)
+
+
+def test_bfloat16_weights_of_a_network_are_within_a_hundredth():
+    leaves = stack_of(0, [(64, 128), (128,), (128, 10), (10,)], 8)
+    expected = optax_bilevel.bilevel_weights(leaves)
+    half = optax_bilevel.bilevel_weights([x.astype(jnp.bfloat16) for x in leaves])
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, expected, atol=1e-2)
+    assert np.abs(half - expected).max() > 0  # they are not the same gradients
+
+
+# ----------------------------------------------------------------------------------- identities
+
+LEAVES = stack_of(3, [(4, 3), (5,), ()], 9)
+
+
+@pytest.mark.parametrize("solver", ["diagonal", "exact"])
+def test_normalised_only_the_product_of_lam_and_mu_matters(solver):
+    def weights(lam, mu):
+        return optax_bilevel.bilevel_weights(LEAVES, lam, mu, solver=solver)
+
+    np.testing.assert_allclose(weights(4.0, 0.5), weights(1.0, 2.0), rtol=2e-6)
+    np.testing.assert_allclose(weights(0.01, 200.0), weights(1.0, 2.0), rtol=2e-6)
+    assert np.abs(weights(4.0, 2.0) - weights(1.0, 2.0)).max() > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["diagonal", "exact"])
+def test_two_mini_batches_give_the_sign_of_their_agreement(solver):
+    for seed in range(5):
+        leaves = stack_of(seed, [(4,)], 2)
+        tx = optax_bilevel.bilevel_reweight(solver=solver)
+        (update,), _ = tx.update(leaves, tx.init(None))
+        validation, train = leaves[0]
+        np.testing.assert_allclose(update, np.sign(validation @ train) * train, rtol=1e-6)
+
+
+def test_a_sum_loss_is_a_mean_loss_with_a_smaller_mu():
+    examples, mu = 16, 0.3
+    of_mean = optax_bilevel.bilevel_weights(LEAVES, mu=mu / examples**2)
+    of_sum = optax_bilevel.bilevel_weights([x * examples for x in LEAVES], mu=mu)
+    np.testing.assert_allclose(of_sum, of_mean, rtol=1e-6)
+    assert np.abs(of_sum - optax_bilevel.bilevel_weights(LEAVES, mu=mu)).max() > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["diagonal", "exact"])
+@given(seed=st.integers(0, 1000), order=st.permutations(range(2, 9)))
+def test_permuted_training_mini_batches_permute_the_weights(solver, seed, order):
+    leaves = stack_of(seed, [(4, 3), (5,)], 9)
+    index = np.array([0, 1, *order])
+
+    def weights(leaves):
+        return optax_bilevel.bilevel_weights(leaves, num_validation=2, solver=solver)
+
+    permuted = weights([x[index] for x in leaves])
+    np.testing.assert_allclose(permuted, weights(leaves)[index], atol=1e-5)
+
+
+def test_validation_mini_batches_may_be_swapped():
+    index = np.array([1, 0, *range(2, 9)])
+    permuted = optax_bilevel.bilevel_weights([x[index] for x in LEAVES], num_validation=2)
+    np.testing.assert_allclose(
+        permuted, optax_bilevel.bilevel_weights(LEAVES, num_validation=2), atol=1e-6
+    )
+
+
+def test_weights_by_hand():
+    """λ̂ = 2, μ̂ = 1: ⟨g_v, g⟩ = 2, -4, 6; |g|²/2 + 1 = 3, 9, 19; ω = 2/3, -4/9, 6/19."""
+    gradients = jnp.array([[2.0, 0.0], [1.0, 3.0**0.5], [-2.0, 12.0**0.5], [3.0, 27.0**0.5]])
+    raw = np.array([0, 2 / 3, -4 / 9, 6 / 19])
+    given_ = {"lam": 2.0, "mu": 1.0}
+    np.testing.assert_allclose(
+        optax_bilevel.bilevel_weights(gradients, **given_, normalize=False), raw, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        optax_bilevel.bilevel_weights(gradients, **given_), raw / np.abs(raw).sum(), rtol=1e-6
+    )
+    positive = np.maximum(raw, 0)
+    np.testing.assert_allclose(
+        optax_bilevel.bilevel_weights(gradients, **given_, nonnegative=True),
+        positive / positive.sum(),
+        rtol=1e-6,
+    )
+
+
+def test_exact_weights_by_hand():
+    """Two training gradients (1,0), (1,1), g_v = (1,1), λ̂ = μ̂ = 1: [[2,1],[1,3]] ω = [1,2]."""
+    gradients = jnp.array([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    np.testing.assert_allclose(
+        optax_bilevel.bilevel_weights(gradients, 1.0, 1.0, solver="exact", normalize=False),
+        [0, 1 / 5, 3 / 5],
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        optax_bilevel.bilevel_weights(gradients, 1.0, 1.0, solver="exact"), [0, 1 / 4, 3 / 4], rtol=1e-6
+    )
+
+
+def test_exact_and_diagonal_agree_on_orthogonal_gradients():
+    gradients = jnp.concatenate([jnp.array([[1.0, 2.0, -3.0, 4.0]]), jnp.diag(jnp.arange(1.0, 5.0))])
+    np.testing.assert_allclose(
+        optax_bilevel.bilevel_weights(gradients, solver="exact"),
+        optax_bilevel.bilevel_weights(gradients),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+def test_exact_weights_of_repeated_gradients_are_equal(scale):
+    """Eq. (8) is singular to rounding there; the solution of least norm treats equals alike."""
+    rows = stack_of(0, [(6,)], 3, scale=scale)[0]
+    gradients = rows[jnp.array([0, 1, 1, 1, 2, 2])]
+    weights = optax_bilevel.bilevel_weights(gradients, mu=1e-9 * scale**2, solver="exact")
+    np.testing.assert_allclose(weights[1:4], weights[1], rtol=1e-3)
+    np.testing.assert_allclose(weights[4:6], weights[4], rtol=1e-3)
+    merged = optax_bilevel.bilevel_weights(rows, mu=1e-9 * scale**2, solver="exact")
+    np.testing.assert_allclose(
+        [weights[1:4].sum(), weights[4:6].sum()], merged[1:], rtol=1e-3
+    )
+
+
+def test_groups_are_rules_of_their_own():
+    """Each group's weights are those of its leaves alone, in the order labels first appear."""
+    kernel, bias, gain = LEAVES
+    tree = {"a": kernel, "b": bias, "c": gain}
+    labels = {"a": "second", "b": "first", "c": "second"}
+    weights = optax_bilevel.bilevel_weights(tree, groups=labels)
+    np.testing.assert_allclose(weights[0], optax_bilevel.bilevel_weights([kernel, gain]), rtol=1e-6)
+    np.testing.assert_allclose(weights[1], optax_bilevel.bilevel_weights(bias), rtol=1e-6)
+    per_leaf = optax_bilevel.bilevel_weights(tree, groups="leaf")
+    for row, leaf in zip(per_leaf, LEAVES, strict=True):
+        np.testing.assert_allclose(row, optax_bilevel.bilevel_weights(leaf), rtol=1e-6)
+
+
+def test_groups_may_be_a_prefix_or_a_callable():
+    kernel, bias, gain = LEAVES
+    tree = {"layer": {"kernel": kernel, "bias": bias}, "gain": gain}
+    full = {"layer": {"kernel": "l", "bias": "l"}, "gain": "g"}
+    expected = optax_bilevel.bilevel_weights(tree, groups=full)
+    assert expected.shape == (2, 9)
+    for groups in ({"layer": "l", "gain": "g"}, lambda tree: {name: name for name in tree}):
+        np.testing.assert_array_equal(optax_bilevel.bilevel_weights(tree, groups=groups), expected)
+
+
+def test_health_by_hand():
+    """Cosines 1/2, -1/2, 1/2 of angles of 60° and 120°; weights as in test_weights_by_hand."""
+    gradients = jnp.array([[2.0, 0.0], [1.0, 3.0**0.5], [-2.0, 12.0**0.5], [3.0, 27.0**0.5]])
+    tx = optax_bilevel.bilevel_reweight(2.0, 1.0, num_batches=4)
+    _, state = tx.update(gradients, tx.init(None))
+    raw = np.array([2 / 3, -4 / 9, 6 / 19])
+    normalized = raw / np.abs(raw).sum()
+    np.testing.assert_allclose(state.cosine, 1 / 6, rtol=1e-6)
+    np.testing.assert_allclose(state.negative, 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(state.effective, 1 / np.sum(normalized**2), rtol=1e-6)
+    np.testing.assert_allclose(state.weights, [0, *normalized], rtol=1e-6)
+    assert state.dropped == 0
+    assert state.count == 1
+
+
+def test_the_update_is_the_weighted_sum_and_leaves_validation_out():
+    tx = optax_bilevel.bilevel_reweight(num_batches=9, num_validation=2)
+    update, state = tx.update(LEAVES, tx.init(None))
+    expected = [jnp.tensordot(state.weights, x, 1) for x in LEAVES]
+    assert_close(update, expected)
+    # Validation gradients turned by 90° keep no part in the update but change its weights.
+    assert (state.weights[:2] == 0).all()
