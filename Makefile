@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test slow check docs bench clean
+.PHONY: demo test slow check docs wheel bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -25,6 +25,11 @@ docs: $(VENV)/.dev
 	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	$(PY) -m sphinx -q -W -b doctest docs docs/_build/doctest
 
+wheel: $(VENV)/.dev
+	rm -rf dist
+	$(PY) -m build --wheel
+	$(PY) .ci/check_wheel.py
+
 bench: $(VENV)/.dev
 	$(PY) -m benchmarks
 
@@ -32,12 +37,21 @@ clean:
 	rm -rf $(VENV) docs/_build dist
 
 $(PY):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.train: pyproject.toml | $(PY)
 	$(PIP) --editable '.[train]'
 	touch $@
 
+# libtpu compiles for TPU pods on any x86 Linux. It has a folder of its own, for an environment
+# that has it looks for a TPU at every start of JAX.
 $(VENV)/.dev: pyproject.toml | $(PY)
 	$(PIP) --editable '.[dev]'
+	-$(PIP) --target $(VENV)/tpu --upgrade libtpu
 	touch $(VENV)/.train $@
+
+# Preparing data sets needs TensorFlow; nothing else does.
+$(VENV)/.prepare: pyproject.toml | $(PY)
+	$(PIP) --editable '.[train,test,prepare]'
+	touch $@

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -239,7 +240,7 @@ def resolve_groups(tree: PyTree, groups: Groups) -> Grouping:
 
 def _sum_by_group(per_leaf: list[jax.Array], grouping: Grouping) -> jax.Array:
     """Adds up per-leaf arrays of one shape within each group: [groups, *shape]."""
-    dtype = functools.reduce(jnp.promote_types, (x.dtype for x in per_leaf))
+    dtype = functools.reduce(np.promote_types, (x.dtype for x in per_leaf))
     sums = [jnp.zeros_like(per_leaf[0], dtype)] * grouping.num_groups
     for group, x in zip(grouping.ids, per_leaf, strict=True):
         sums[group] = sums[group] + x.astype(dtype)
@@ -251,13 +252,14 @@ def _sum_by_group(per_leaf: list[jax.Array], grouping: Grouping) -> jax.Array:
 
 def accumulation_dtype(dtype: Any) -> Any:
     """The dtype in which a leaf is summed: float32 or wider, complex where the leaf is."""
-    return jnp.promote_types(dtype, jnp.float32)
+    # Not jnp.promote_types, which refuses bfloat16 and float32 under strict promotion.
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
 def products_dtype(tree: PyTree) -> Any:
     """The dtype of the inner products of gradients like `tree`: real, float32 or wider."""
-    dtypes = (x.dtype for x in jax.tree.leaves(tree))
-    widest = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    dtypes = (accumulation_dtype(x.dtype) for x in jax.tree.leaves(tree))
+    widest = functools.reduce(np.promote_types, dtypes, jnp.dtype(jnp.float32))
     return jnp.finfo(widest).dtype
 
 
@@ -310,7 +312,7 @@ def _along_first(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def _contract(stack: jax.Array, other: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Re⟨·,·⟩ of every stacked entry with `other`, contracting its `axes`: [k] or [k, k]."""
-    dtype = jnp.promote_types(accumulation_dtype(stack.dtype), accumulation_dtype(other.dtype))
+    dtype = np.promote_types(accumulation_dtype(stack.dtype), accumulation_dtype(other.dtype))
     mesh = _explicit_mesh(stack)
     result = jax.lax.dot_general(
         jnp.conj(stack.astype(dtype)),

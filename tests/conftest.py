@@ -11,7 +11,14 @@ if _COUNT not in os.environ.get("XLA_FLAGS", ""):
 
 # The same cases every time: a failure seen once can be run again.
 hypothesis.settings.register_profile(
-    "default", phases=[hypothesis.Phase.generate], max_examples=50, derandomize=True, deadline=None, database=None
+    "default",
+    max_examples=50,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink),
 )
-hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("default"), max_examples=1000)
+hypothesis.settings.register_profile(
+    "ci", hypothesis.settings.get_profile("default"), max_examples=1000
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -7,6 +7,10 @@ bound in float32 and 1e-12 in float64. Without cancellation the bound is a small
 result itself.
 """
 
+import functools
+from typing import NamedTuple
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,118 +22,204 @@ import optax_bilevel
 from tests.optax_bilevel import oracle
 from tests.optax_bilevel.problems import assert_close, stack_of
 
-# A pool of shapes, so that compiled operations are met again; scalars and odd sizes among them.
-SHAPES = st.lists(st.sampled_from([(), (1,), (3,), (2, 5), (17,), (4, 3, 2)]), min_size=1, max_size=4)
-POWER = st.floats(-6, 6).map(lambda x: 10.0**x)
+# Every structure is compiled once, which takes most of the time, and met with this many values.
+DRAWS = 4
+structured = hypothesis.settings(max_examples=hypothesis.settings().max_examples // DRAWS)
+
+
+class Structure(NamedTuple):
+    """What is static: the shapes of the leaves, k, the groups (and their indices), the options."""
+
+    shapes: list[tuple[int, ...]]
+    k: int
+    groups: None | str | list[str]
+    ids: list[int]
+    options: dict
+
+
+class Values(NamedTuple):
+    """What is not: the gradients' seed, scale and spread (as powers of ten), λ̂ and μ̂."""
+
+    seed: int
+    scale: float
+    spread: float
+    lam: float
+    mu: float
 
 
 @st.composite
-def cases(draw):
-    """A stack (seed, shapes, k, scale), the groups as users give them, and the options."""
-    shapes = draw(SHAPES)
+def structures(draw):
+    shape = st.lists(st.integers(1, 5), max_size=3).map(tuple)
+    shapes = draw(st.lists(shape, min_size=1, max_size=4))
     num_validation = draw(st.integers(1, 3))
     k = draw(st.integers(num_validation + 1, 32))
-    kind = draw(st.sampled_from([None, "leaf", "labels"]))
-    labels = draw(st.lists(st.sampled_from("abc"), min_size=len(shapes), max_size=len(shapes)))
-    if kind == "labels":
-        groups, order = labels, list(dict.fromkeys(labels))
-        ids = [order.index(label) for label in labels]
+    groups = draw(
+        st.sampled_from([None, "leaf"])
+        | st.lists(st.sampled_from("abc"), min_size=len(shapes), max_size=len(shapes))
+    )
+    if isinstance(groups, list):
+        ids = [list(dict.fromkeys(groups)).index(label) for label in groups]
     else:
-        groups, ids = kind, ([0] * len(shapes) if kind is None else list(range(len(shapes))))
+        ids = [0] * len(shapes) if groups is None else list(range(len(shapes)))
     options = {
-        "lam": draw(POWER),
-        "mu": draw(POWER),
         "num_validation": num_validation,
         "solver": draw(st.sampled_from(["diagonal", "exact"])),
         "normalize": draw(st.booleans()),
         "nonnegative": draw(st.booleans()),
     }
-    return draw(st.integers(0, 2**31)), shapes, k, draw(POWER), groups, ids, options
+    return Structure(shapes, k, groups, ids, options)
 
 
-def run(leaves, groups, options):
-    """(weights [groups, k], update leaves) of the library."""
-    weights = optax_bilevel.bilevel_weights(leaves, groups=groups, **options)
-    tx = optax_bilevel.bilevel_reweight(groups=groups, **options)
-    update, _ = tx.update(leaves, tx.init(None))
-    return np.atleast_2d(np.asarray(weights, np.float64)), update
+POWER = st.floats(-6, 6)
+VALUES = st.lists(
+    st.builds(
+        Values,
+        seed=st.integers(0, 2**31),
+        scale=POWER,
+        spread=st.sampled_from([0.0, 1.0]),
+        lam=POWER.map(lambda x: 10.0**x),
+        mu=POWER.map(lambda x: 10.0**x),
+    ),
+    min_size=DRAWS,
+    max_size=DRAWS,
+)
 
 
-def check(case, dtype, eps):
-    seed, shapes, k, scale, groups, ids, options = case
-    if dtype == jnp.float16:
-        scale = 10 ** (np.log10(scale) / 2)  # 1e±6 is beyond float16
-    leaves = stack_of(seed, shapes, k, dtype, scale)
-    weights, update = run(leaves, groups, options)
-    expected = oracle.reweight(leaves, ids, **options)
+def draw_leaves(structure, values, dtype):
+    """The stack; the mini-batches' scales differ by up to 10**±spread."""
+    scale = values.scale / 2 if dtype == jnp.float16 else values.scale  # 1e6 is beyond float16
+    spread = np.random.default_rng(values.seed).uniform(-1, 1, structure.k) * values.spread
+    wide = jnp.complex64 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float32
+    leaves = stack_of(values.seed, structure.shapes, structure.k, wide)
+    factors = 10 ** (scale + spread)
+    return [
+        jnp.asarray(oracle.widen(x) * factors.reshape(-1, *(1,) * (x.ndim - 1)), dtype)
+        for x in leaves
+    ]
+
+
+def compiled(structure):
+    """(leaves, lam, mu) -> (weights [groups, k], update leaves), by the library."""
+
+    @jax.jit
+    def run(leaves, lam, mu):
+        options = {"groups": structure.groups, **structure.options}
+        weights = optax_bilevel.bilevel_weights(leaves, lam, mu, **options)
+        tx = optax_bilevel.bilevel_reweight(lam, mu, **options)
+        update, _ = tx.update(leaves, tx.init(None))
+        return jnp.reshape(weights, (-1, structure.k)), update
+
+    return run
+
+
+def check(structure, run, values, dtype, eps):
+    leaves = draw_leaves(structure, values, dtype)
+    weights, update = run(leaves, values.lam, values.mu)
+    weights = oracle.widen(weights)
+    ids, options = structure.ids, structure.options
+    expected = oracle.reweight(leaves, ids, values.lam, values.mu, **options)
     info = jnp.finfo(dtype)
 
-    nothing = ~weights.any(axis=1)
-    total = np.abs(weights).sum(axis=1)
     assert np.isfinite(weights).all()
     assert not weights[:, : options["num_validation"]].any()
     if options["normalize"]:
-        np.testing.assert_allclose(total[~nothing], 1, rtol=1e-6)
+        total = np.abs(weights).sum(axis=1)
+        np.testing.assert_allclose(total[total > 0], 1, rtol=1e-6)
     if options["nonnegative"]:
         assert (weights >= 0).all()
-
-    for group in range(len(weights)):
-        # A bound of 10% says that rounding decides what comes out: nothing to compare.
-        size = np.abs(expected.weights[group]).sum()
-        if eps * expected.weights_bound[group] > 0.1 * max(size, 1e-300):
-            continue
-        error = np.abs(weights[group] - expected.weights[group]).sum()
-        assert error <= eps * max(expected.weights_bound[group], size)
-
-        mine = [
-            (oracle.widen(u), e)
-            for u, e, g in zip(update, expected.update, ids, strict=True)
-            if g == group
-        ]
-        largest = max(np.abs(e).max() for _, e in mine)
-        if largest > float(info.max) / 2:
-            continue  # float16 without the normalisation
-        error = np.sqrt(sum(np.sum(np.abs(u - e) ** 2) for u, e in mine))
-        size = np.sqrt(sum(np.sum(np.abs(e) ** 2) for _, e in mine))
-        # The cast to the leaves' dtype rounds once, and flushes what is too small for it.
-        cast = float(info.eps) / 2 * size + float(info.tiny) * np.sqrt(sum(e.size for _, e in mine))
-        assert error <= eps * expected.update_bound[group] + cast
     for u, leaf in zip(update, leaves, strict=True):
         assert u.dtype == leaf.dtype
         assert u.shape == leaf.shape[1:]
 
-
-@given(case=cases())
-def test_matches_the_oracle_in_float32(case):
-    check(case, jnp.float32, 1e-6)
-
-
-@given(case=cases(), dtype=st.sampled_from([jnp.bfloat16, jnp.float16, jnp.complex64]))
-def test_matches_the_oracle_in_other_dtypes(case, dtype):
-    """Half precision costs nothing but the rounding of its gradients, which the oracle gets too."""
-    check(case, dtype, 1e-6)
-
-
-@given(case=cases(), dtype=st.sampled_from([jnp.float64, jnp.complex128]))
-def test_matches_the_oracle_in_float64(case, dtype):
-    with jax.enable_x64(True):
-        check(case, dtype, 1e-12)
-
-
-@given(case=cases())
-def test_bfloat16_weights_are_near_float32s(case):
-    """Gradients rounded to bfloat16, to 3 digits, against the unrounded ones."""
-    seed, shapes, k, scale, groups, ids, options = case
-    options = {**options, "solver": "diagonal", "normalize": True}
-    leaves = stack_of(seed, shapes, k, jnp.float32, scale)
-    rounded = [x.astype(jnp.bfloat16) for x in leaves]
-    weights, _ = run(leaves, groups, options)
-    same, _ = run([x.astype(jnp.float32) for x in rounded], groups, options)
-    half, _ = run(rounded, groups, options)
-    bound = oracle.reweight(leaves, ids, **options).weights_bound
-    np.testing.assert_allclose(half, same, atol=1e-6)
+    compared = 0
     for group in range(len(weights)):
-        assert np.abs(half[group] - weights[group]).max() <= 1e-2 * max(bound[group], 1)
+        # A bound of 10% says that rounding decides what comes out: nothing to compare.
+        size = np.abs(expected.weights[group]).sum()
+        if eps * expected.weights_bound[group] > 0.1 * size:
+            continue
+        compared += 1
+        error = np.abs(weights[group] - expected.weights[group]).sum()
+        assert error <= eps * expected.weights_bound[group]
+
+        pairs = [
+            (oracle.widen(u), e)
+            for u, e, g in zip(update, expected.update, ids, strict=True)
+            if g == group
+        ]
+        if max(np.abs(e).max() for _, e in pairs) > float(info.max) / 2:
+            continue  # float16 without the normalisation
+        error = np.sqrt(sum(np.sum(np.abs(u - e) ** 2) for u, e in pairs))
+        size = np.sqrt(sum(np.sum(np.abs(e) ** 2) for _, e in pairs))
+        # The cast to the leaves' dtype rounds once, and flushes what is too small for it.
+        flushed = float(info.tiny) * np.sqrt(sum(e.size for _, e in pairs))
+        assert error <= eps * expected.update_bound[group] + float(info.eps) / 2 * size + flushed
+    return compared
+
+
+@structured
+@given(structure=structures(), draws=VALUES)
+def test_matches_the_oracle_in_float32(structure, draws):
+    run = compiled(structure)
+    for values in draws:
+        check(structure, run, values, jnp.float32, 1e-6)
+
+
+@structured
+@given(
+    structure=structures(),
+    draws=VALUES,
+    dtype=st.sampled_from([jnp.bfloat16, jnp.float16, jnp.complex64]),
+)
+def test_matches_the_oracle_in_other_dtypes(structure, draws, dtype):
+    """Half precision costs nothing but the rounding of its gradients, which the oracle gets too."""
+    run = compiled(structure)
+    for values in draws:
+        check(structure, run, values, dtype, 1e-6)
+
+
+@structured
+@given(
+    structure=structures(), draws=VALUES, dtype=st.sampled_from([jnp.float64, jnp.complex128])
+)
+def test_matches_the_oracle_in_float64(structure, draws, dtype):
+    with jax.enable_x64(True):
+        run = compiled(structure)
+        for values in draws:
+            check(structure, run, values, dtype, 1e-12)
+
+
+@pytest.mark.parametrize("solver", ["diagonal", "exact"])
+def test_most_cases_can_be_compared(solver):
+    """The bounds leave something to test: of ordinary cases, every one."""
+    options = {"num_validation": 2, "solver": solver, "normalize": True, "nonnegative": False}
+    structure = Structure([(5, 4), (9,)], 8, None, [0, 0], options)
+    run = compiled(structure)
+    for seed in range(10):
+        for scale in (-6.0, 0.0, 6.0):
+            values = Values(seed, scale, 0.0, 1.0, 0.01)
+            assert check(structure, run, values, jnp.float32, 1e-6) == 1
+
+
+@structured
+@given(structure=structures(), draws=VALUES)
+def test_bfloat16_weights_are_near_float32s(structure, draws):
+    """Against float32 on the same gradients, rounded to 3 digits, and on the unrounded ones."""
+    options = {**structure.options, "solver": "diagonal", "normalize": True}
+    run = jax.jit(
+        functools.partial(optax_bilevel.bilevel_weights, groups=structure.groups, **options)
+    )
+    for values in draws:
+        leaves = draw_leaves(structure, values, jnp.float32)
+        rounded = [x.astype(jnp.bfloat16) for x in leaves]
+        widened = [x.astype(jnp.float32) for x in rounded]
+        of_leaves, of_rounded, of_widened = (
+            np.reshape(run(x, values.lam, values.mu), (-1, structure.k))
+            for x in (leaves, rounded, widened)
+        )
+        np.testing.assert_allclose(of_rounded, of_widened, atol=1e-6)
+        expected = oracle.reweight(leaves, structure.ids, values.lam, values.mu, **options)
+        error = np.abs(of_rounded - of_leaves).max(axis=1)
+        assert (error <= 1e-2 * np.maximum(expected.weights_bound, 1)).all()
 
 
 def test_bfloat16_weights_of_a_network_are_within_a_hundredth():
