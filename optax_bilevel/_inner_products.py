@@ -313,6 +313,11 @@ def _along_first(x: jax.Array, like: jax.Array) -> jax.Array:
 def _contract(stack: jax.Array, other: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Re⟨·,·⟩ of every stacked entry with `other`, contracting its `axes`: [k] or [k, k]."""
     dtype = np.promote_types(accumulation_dtype(stack.dtype), accumulation_dtype(other.dtype))
+    if stack.dtype != dtype and len(axes) == other.ndim:
+        # A contraction would first write the stack out in the wider dtype.
+        other = jax.lax.optimization_barrier(other.astype(dtype))
+        products = stack.astype(dtype) * other[None]
+        return _replicate(jnp.sum(products, axis=tuple(range(1, stack.ndim))))
     mesh = _explicit_mesh(stack)
     result = jax.lax.dot_general(
         jnp.conj(stack.astype(dtype)),
@@ -325,9 +330,20 @@ def _contract(stack: jax.Array, other: jax.Array, axes: tuple[int, ...]) -> jax.
     return jnp.real(result)
 
 
+def _unshared(stack: jax.Array, *others: jax.Array) -> jax.Array:
+    """`stack`, such that XLA does not see that others read it too.
+
+    A conversion to float32 with several readers is written out on CPU instead of being fused into
+    each, which costs several passes over memory. `others` tells one use apart from another.
+    """
+    if stack.dtype == accumulation_dtype(stack.dtype):
+        return stack
+    return jax.lax.optimization_barrier((stack, *others))[0]
+
+
 def _square_sums(stack: jax.Array) -> jax.Array:
     """|·|² of every stacked entry, [k]; on CPU several times faster than as a contraction."""
-    stack = stack.astype(accumulation_dtype(stack.dtype))
+    stack = _unshared(stack).astype(accumulation_dtype(stack.dtype))
     parts = [stack]
     if jnp.issubdtype(stack.dtype, jnp.complexfloating):
         parts = [jnp.real(stack), jnp.imag(stack)]
@@ -438,6 +454,7 @@ def weighted_sum(grads: PyTree, weights: jax.Array, grouping: Grouping) -> PyTre
         )
 
     def leaf_sum(g: jax.Array, omega: jax.Array) -> jax.Array:
+        g = _unshared(g, omega)
         if g.shape[0] == 1 or _has_explicit_leading_axis(g):
             return reduce(g, omega)
         # XLA's CPU backend reduces over a leading axis tens of times slower than it adds.

@@ -225,18 +225,13 @@ def _loop(
     seconds_before = history[-1]["seconds"] if history else 0.0
     epoch_started, waited = started, 0.0
 
-    labels, true = problem.dataset.train.labels, problem.true
     batches = data.batches(
         problem.dataset.train, problem.order, first_step=step, num_steps=num_steps
     )
     with contextlib.closing(_iterator(batches)) as batches:
         while step < num_steps:
-            before = time.monotonic()
-            indices, images = next(batches)
-            waited += time.monotonic() - before
-            raw = jax.device_put(RawBatch(images, labels[indices], true[indices]))
-            with jax.transfer_guard("disallow"):
-                state = program.step(state, raw, step_key)
+            state, seconds = advance(program, problem, batches, state, step_key)
+            waited += seconds
             step += 1
             options.on_step(step)
 
@@ -273,6 +268,19 @@ def _loop(
 
 def _iterator(batches: Any) -> Generator[Any]:
     yield from batches
+
+
+def advance(
+    program: Program, problem: Problem, batches: Iterator[Any], state: State, key: jax.Array
+) -> tuple[State, float]:
+    """Does one step, without waiting for it; also returns the seconds waited for its images."""
+    before = time.monotonic()
+    indices, images = next(batches)
+    waited = time.monotonic() - before
+    labels, true = problem.dataset.train.labels[indices], problem.true[indices]
+    raw = jax.device_put(RawBatch(images, labels, true))
+    with jax.transfer_guard("disallow"):
+        return program.step(state, raw, key), waited
 
 
 def _check_finite(state: State) -> None:

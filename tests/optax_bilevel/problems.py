@@ -19,15 +19,16 @@ def stack_of(seed, shapes, k, dtype=jnp.float32, scale=1.0):
 
 
 def params_of(seed=0):
-    """A small network's parameters: odd sizes, a scalar, an array of one entry."""
+    """One layer's parameters: odd sizes, a scalar, an array of one entry."""
     rng = np.random.default_rng(seed)
-    shapes = {"hidden": {"kernel": (5, 7), "bias": (7,)}, "head": {"kernel": (7, 3), "bias": (3,)}}
-    params = jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape) / 2, jnp.float32),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return {**params, "gain": jnp.float32(0.7), "shift": jnp.full((1,), 0.1, jnp.float32)}
+    return {
+        "gain": jnp.float32(0.7),
+        "layer": {
+            "bias": jnp.asarray(rng.normal(size=3), jnp.float32),
+            "kernel": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32),
+        },
+        "shift": jnp.full((1,), 0.1, jnp.float32),
+    }
 
 
 def batches_of(k, b=4, seed=1):
@@ -39,13 +40,13 @@ def batches_of(k, b=4, seed=1):
 
 
 def outputs(params, x):
-    hidden = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
-    head = hidden @ params["head"]["kernel"] + params["head"]["bias"][None]
-    return params["gain"] * head + params["shift"][0]
+    layer = params["layer"]
+    kernel = layer["kernel"].astype(x.dtype)  # may be bfloat16
+    return params["gain"] * jnp.tanh(x @ kernel + layer["bias"][None]) + params["shift"][0]
 
 
 def loss(params, batch):
-    """Mean squared error of a network of one hidden layer."""
+    """Mean squared error of one layer."""
     return jnp.mean(jnp.square(outputs(params, batch["x"]) - batch["y"]))
 
 
@@ -69,3 +70,9 @@ def assert_close(a, b, tolerance=1e-6):
         assert x.shape == y.shape
         assert x.dtype == y.dtype
     assert distance(a, b) <= tolerance
+
+
+def assert_nothing(tree):
+    """All zeros, none of them NaN."""
+    for x in jax.tree.leaves(tree):
+        np.testing.assert_array_equal(x, np.zeros(x.shape))

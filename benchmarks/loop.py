@@ -1,0 +1,52 @@
+"""What the training loop costs beyond the compiled step: the demo's run, and the bare steps."""
+
+import statistics
+import time
+
+import jax
+
+from train import data, demo, trainer
+from train.program import RawBatch
+
+
+def overhead(epochs: int = 20, rounds: int = 7) -> dict[str, float]:
+    """Seconds per step of the loop and of the compiled step alone, and their ratio minus one.
+
+    Both run the bilevel config of the demo: the loop with its sampler, gathering, transfer and
+    dispatch; the step again and again on one batch that is on the device already. Evaluation and
+    checkpoints come once an epoch and are left out.
+    """
+    config = demo.Demo().config
+    problem = trainer.load_problem(config)
+    program = trainer.build_program(config, problem)
+    steps = epochs * problem.order.steps_per_epoch
+    key = jax.random.key(0)
+    train = problem.dataset.train
+    indices = problem.order.batch(0, 0)
+    raw = jax.device_put(
+        RawBatch(train.read(indices), train.labels[indices], problem.true[indices])
+    )
+
+    def loop() -> None:
+        batches = iter(data.batches(train, problem.order, num_steps=steps))
+        state = program.init(key)
+        for _ in range(steps):
+            state, _ = trainer.advance(program, problem, batches, state, key)
+        jax.block_until_ready(state)
+
+    def bare() -> None:
+        state = program.init(key)
+        for _ in range(steps):
+            state = program.step(state, raw, key)
+        jax.block_until_ready(state)
+
+    seconds: dict[str, list[float]] = {"loop": [], "step": []}
+    loop()  # compiles
+    for _ in range(rounds):
+        for name, function in (("loop", loop), ("step", bare)):
+            started = time.perf_counter()
+            function()
+            seconds[name].append((time.perf_counter() - started) / steps)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = [a / b for a, b in zip(seconds["loop"], seconds["step"], strict=True)]
+    return {**medians, "overhead": statistics.median(ratios) - 1}

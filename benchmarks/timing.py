@@ -1,0 +1,59 @@
+"""Timing as ratios within one run: candidates take turns, so that a drifting machine hits all."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Timing(NamedTuple):
+    """How one candidate fared.
+
+    Attributes:
+        seconds: median over the rounds.
+        compile_seconds: tracing and compiling.
+        temp_bytes: temporary memory of the compiled program.
+    """
+
+    seconds: float
+    compile_seconds: float
+    temp_bytes: int
+
+
+def temporary_bytes(compiled: Any) -> int:
+    """Temporary memory of a compiled program, beside its arguments and results."""
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def compare(
+    candidates: dict[str, Callable[..., Any]], arguments: tuple[Any, ...], rounds: int = 9
+) -> dict[str, Timing]:
+    """Compiles every candidate for the same arguments and times them in turns.
+
+    Args:
+        candidates: functions of `arguments`, by name.
+        arguments: arrays on the device.
+        rounds: how often each is timed; the median counts.
+    """
+    compiled, compile_seconds = {}, {}
+    for name, function in candidates.items():
+        started = time.perf_counter()
+        compiled[name] = jax.jit(function).lower(*arguments).compile()
+        compile_seconds[name] = time.perf_counter() - started
+        jax.block_until_ready(compiled[name](*arguments))
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, function in compiled.items():
+            started = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            seconds[name].append(time.perf_counter() - started)
+    return {
+        name: Timing(
+            statistics.median(seconds[name]),
+            compile_seconds[name],
+            temporary_bytes(compiled[name]),
+        )
+        for name in candidates
+    }

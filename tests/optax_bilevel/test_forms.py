@@ -1,0 +1,360 @@
+"""One rule, four ways to feed it: the same mini-batches give the same update, whatever the way."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import optax_bilevel
+from tests.optax_bilevel.problems import (
+    assert_close,
+    assert_nothing,
+    batches_of,
+    distance,
+    loss,
+    outputs,
+    params_of,
+    stacked_gradients,
+)
+
+K = 8  # one mini-batch per fake device
+
+
+def mesh_of(shape, names):
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+# -------------------------------------------------- the forms: (params, batches, options) -> both
+
+
+def stacked(params, batches, loss_fn=loss, **options):
+    grads = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, batches)
+    k = jax.tree.leaves(batches)[0].shape[0]
+    tx = optax_bilevel.bilevel_reweight(**options, num_batches=k)
+    update, state = tx.update(grads, tx.init(params), params)
+    return update, state.weights
+
+
+def weights_alone(params, batches, loss_fn=loss, **options):
+    """`bilevel_weights`, and the update made from them by hand."""
+    grads = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, batches)
+    weights = optax_bilevel.bilevel_weights(grads, **options)
+    leaves, treedef = jax.tree.flatten(grads)
+    if options.get("groups") == "leaf":
+        rows = weights
+    elif options.get("groups") is LABELS:
+        rows = weights[np.array([0, 1, 0, 2])]
+    else:
+        rows = [weights] * len(leaves)
+    update = [jnp.einsum("k,k...->...", w, g) for w, g in zip(rows, leaves, strict=True)]
+    return treedef.unflatten(update), weights
+
+
+def stream(params, batches, loss_fn=loss, loop=None, chunk_size=1, **options):
+    step = optax_bilevel.bilevel_value_and_grad(
+        loss_fn, **options, loop=loop, chunk_size=chunk_size
+    )
+    return step(params, batches)[1:]
+
+
+def multi_steps(params, batches, loss_fn=loss, **options):
+    k = jax.tree.leaves(batches)[0].shape[0]
+    tx = optax_bilevel.bilevel_multi_steps(optax.identity(), k, **options)
+
+    def call(state, batch):
+        update, state = tx.update(jax.grad(loss_fn)(params, batch), state, params)
+        return state, update
+
+    state, updates = jax.lax.scan(call, tx.init(params), batches)
+    assert_nothing(jax.tree.map(lambda x: x[:-1], updates))
+    return jax.tree.map(lambda x: x[-1], updates), state.weights
+
+
+def collective(params, batches, loss_fn=loss, check_vma=True, **options):
+    mesh = mesh_of((K,), ("batch",))
+
+    def per_device(params, batch):
+        if check_vma:
+            params = jax.lax.pcast(params, "batch", to="varying")
+        grads = jax.grad(loss_fn)(params, jax.tree.map(lambda x: x[0], batch))
+        return optax_bilevel.bilevel_pmean(grads, "batch", **options, return_weights=True)
+
+    specs = {"in_specs": (P(), P("batch")), "out_specs": P()}
+    return jax.shard_map(per_device, mesh=mesh, **specs, check_vma=check_vma)(params, batches)
+
+
+def mapped(params, batches, loss_fn=loss, transform=jax.vmap, **options):
+    """pmap, or vmap with an axis name: the same code, the devices simulated."""
+
+    def per_device(params, batch):
+        grads = jax.grad(loss_fn)(params, batch)
+        return optax_bilevel.bilevel_pmean(grads, "batch", **options, return_weights=True)
+
+    mapping = transform(per_device, axis_name="batch", in_axes=(None, 0))
+    if transform is jax.vmap:
+        mapping = jax.jit(mapping)
+    result = jax.tree.map(np.asarray, mapping(params, batches))
+    for x in jax.tree.leaves(result):
+        np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))  # same everywhere
+    return jax.tree.map(lambda x: x[K - 1], result)
+
+
+FORMS = {
+    "stacked": stacked,
+    "weights": weights_alone,
+    "scan": functools.partial(stream, loop="scan"),
+    "unroll": functools.partial(stream, loop="unroll"),
+    "scan by 3": functools.partial(stream, loop="scan", chunk_size=3),
+    "unroll by 2": functools.partial(stream, loop="unroll", chunk_size=2),
+    "all at once": functools.partial(stream, chunk_size=8),
+    "multi_steps": multi_steps,
+    "shard_map": collective,
+    "shard_map unchecked": functools.partial(collective, check_vma=False),
+    "pmap": functools.partial(mapped, transform=jax.pmap),
+    "vmap": mapped,
+}
+VARIANTS = ("unroll", "scan by 3", "all at once", "shard_map unchecked", "vmap")
+NO_GRAM = ("scan", "unroll by 2", "multi_steps", *VARIANTS[:3])
+UNJITTED = ("multi_steps", "pmap", "vmap")  # they compile by themselves and assert on values
+
+LABELS = {"gain": "one", "layer": {"bias": "two", "kernel": "one"}, "shift": "three"}
+OPTIONS = {
+    "defaults": {},
+    "lam and mu": {"lam": 0.3, "mu": 2.0},
+    "three validation": {"num_validation": 3},
+    "unnormalised": {"normalize": False},
+    "nonnegative": {"nonnegative": True, "num_validation": 2},
+    "per leaf": {"groups": "leaf"},
+    "per label": {"groups": LABELS, "num_validation": 2},
+    # Eight gradients of one entry are as singular as can be: mu conditions the system.
+    "exact": {"solver": "exact", "num_validation": 2, "mu": 0.5},
+    "exact per leaf": {"solver": "exact", "groups": "leaf", "mu": 1.0},
+}
+
+
+@functools.cache
+def result(form, option):
+    """(update, weights) of one form; compiled once, compared with all the others."""
+    params, batches = params_of(), batches_of(K)
+    function = functools.partial(FORMS[form], **OPTIONS[option])
+    return (function if form in UNJITTED else jax.jit(function))(params, batches)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_pair_of_forms_agrees(option):
+    exact = OPTIONS[option].get("solver") == "exact"
+    left_out = NO_GRAM if exact else () if option == "three validation" else VARIANTS
+    forms = [form for form in FORMS if form not in left_out]
+    for a, b in itertools.combinations(forms, 2):
+        assert_close(result(a, option), result(b, option))
+        for of_a, of_b in zip(result(a, option), result(b, option), strict=True):
+            assert distance(of_a, of_b) <= 1e-6, (a, b)
+
+
+def test_options_matter():
+    """The comparisons above would hold as well if options were ignored everywhere."""
+    updates = [result("stacked", option)[0] for option in OPTIONS]
+    for a, b in itertools.combinations(updates, 2):
+        assert distance(a, b) > 1e-3
+
+
+# ------------------------------------------------------------------ what only some of them can do
+
+
+def test_multi_steps_over_several_windows():
+    """Three steps of momentum SGD: parameters, momentum and health as with the stacked form."""
+    k, params = 4, params_of()
+    sgd = optax.sgd(0.1, momentum=0.9)
+    one = optax.chain(optax_bilevel.bilevel_reweight(num_validation=2, num_batches=k), sgd)
+    many = optax_bilevel.bilevel_multi_steps(sgd, k, num_validation=2)
+
+    @jax.jit
+    def call(grads, state, params):
+        updates, state = many.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params_one = params_many = params
+    state_one, state_many = one.init(params), many.init(params)
+    for window in range(3):
+        batches = batches_of(k, seed=window)
+        grads = stacked_gradients(params_one, batches)
+        updates, state_one = one.update(grads, state_one, params_one)
+        before = params_one
+        params_one = optax.apply_updates(params_one, updates)
+        for i in range(k):
+            assert_close(params_many, before, 1e-6)
+            assert int(state_many.mini_step) == i
+            batch = jax.tree.map(lambda x, i=i: x[i], batches)
+            params_many, state_many = call(jax.grad(loss)(before, batch), state_many, params_many)
+        assert int(state_many.mini_step) == 0
+        assert int(state_many.gradient_step) == window + 1
+        assert_close(params_many, params_one, 1e-6)
+        for name in ("cosine", "negative", "effective", "dropped", "weights"):
+            expected = optax.tree.get(state_one, name)
+            np.testing.assert_allclose(getattr(state_many, name), expected, rtol=2e-6, atol=1e-7)
+    assert distance(params_one, params) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("loop", "chunk_size", "num_validation"),
+    [("scan", 1, 1), ("scan", 2, 1), ("scan", 3, 4), ("unroll", 1, 4), ("unroll", 4, 1), (None, 7, 2)],
+)
+def test_values_aux_and_order_of_the_stream(loop, chunk_size, num_validation):
+    """Losses and aux come back in the mini-batches' order, of any structure and dtype."""
+
+    def with_aux(params, batch):
+        prediction = outputs(params, batch["x"])
+        aux = {
+            "prediction": prediction,
+            "hits": jnp.sum(jnp.argmax(prediction, -1) == jnp.argmax(batch["y"], -1)),
+            "nothing": None,
+            "constant": 3,
+        }
+        return jnp.mean(jnp.square(prediction - batch["y"])), aux
+
+    params, batches = params_of(), batches_of(6)
+    options = {"num_validation": num_validation, "loop": loop, "chunk_size": chunk_size}
+    step = optax_bilevel.bilevel_value_and_grad(with_aux, has_aux=True, **options)
+    (losses, aux), grads, weights = jax.jit(step)(params, batches)
+    expected, expected_aux = jax.vmap(with_aux, in_axes=(None, 0))(params, batches)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    np.testing.assert_allclose(aux["prediction"], expected_aux["prediction"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(aux["hits"], expected_aux["hits"])
+    assert aux["hits"].dtype == jnp.int32
+    assert aux["nothing"] is None
+    np.testing.assert_array_equal(aux["constant"], [3] * 6)
+    assert_close((grads, weights), stacked(params, batches, num_validation=num_validation))
+
+
+def test_aux_without_jit():
+    step = optax_bilevel.bilevel_value_and_grad(
+        lambda w, x: (jnp.sum(w * x), {"constant": 3}), has_aux=True
+    )
+    (losses, aux), _, _ = step(jnp.ones(2), jnp.ones((3, 2)))
+    np.testing.assert_array_equal(losses, [2, 2, 2])
+    np.testing.assert_array_equal(aux["constant"], [3, 3, 3])
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize(("loop", "chunk_size"), [("scan", 1), ("unroll", 1), ("scan", 2)])
+def test_random_keys_are_part_of_the_batches(make_key, loop, chunk_size):
+    """Every mini-batch draws its own dropout mask, the same one in every form."""
+    params = params_of()
+    batches = {**batches_of(6), "key": jax.random.split(make_key(5), 6)}
+
+    def noisy(params, batch):
+        mask = jax.random.bernoulli(batch["key"], 0.5, batch["x"].shape)
+        return loss(params, {"x": jnp.where(mask, batch["x"], 0), "y": batch["y"]})
+
+    expected = stacked(params, batches, noisy)
+    by_stream = functools.partial(stream, loss_fn=noisy, loop=loop, chunk_size=chunk_size)
+    assert_close(jax.jit(by_stream)(params, batches), expected)
+    swapped = {**batches, "key": batches["key"][::-1]}
+    assert distance(stacked(params, swapped, noisy)[0], expected[0]) > 1e-2
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_keys_may_come_back_as_aux(chunk_size):
+    def loss_fn(w, key):
+        return jnp.sum(w * jax.random.normal(key, (2,))), jax.random.fold_in(key, 1)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True, chunk_size=chunk_size)
+    (_, folded), _, _ = jax.jit(step)(jnp.ones(2), keys)
+    expected = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    np.testing.assert_array_equal(jax.random.key_data(folded), jax.random.key_data(expected))
+
+
+@pytest.mark.parametrize("form", ["scan", "unroll", "multi_steps", "shard_map", "pmap"])
+@pytest.mark.parametrize("option", ["defaults", "per leaf"])
+def test_forms_agree_on_mixed_dtypes(form, option):
+    params, batches = params_of(), batches_of(K)
+    params["layer"]["kernel"] = params["layer"]["kernel"].astype(jnp.bfloat16)
+    options = OPTIONS[option]
+    expected, expected_weights = jax.jit(functools.partial(stacked, **options))(params, batches)
+    function = functools.partial(FORMS[form], **options)
+    update, weights = (function if form in UNJITTED else jax.jit(function))(params, batches)
+    assert distance(weights, expected_weights) <= 1e-6
+    kernel, expected_kernel = update["layer"].pop("kernel"), expected["layer"].pop("kernel")
+    assert kernel.dtype == expected_kernel.dtype == jnp.bfloat16
+    # One rounding to bfloat16 may fall to either side.
+    assert distance(kernel, expected_kernel) <= 2**-8
+    assert_close(update, expected)
+
+
+# --------------------------------------------------------------------- where a stack may come from
+
+
+@pytest.mark.parametrize("how", ["vmap", "lax.map", "pmap"])
+def test_stacks_of_any_make(how):
+    params, batches = params_of(), batches_of(K)
+    grad = jax.grad(loss)
+    if how == "vmap":
+        grads = jax.vmap(grad, in_axes=(None, 0))(params, batches)
+    elif how == "lax.map":
+        grads = jax.lax.map(lambda batch: grad(params, batch), batches)
+    else:
+        grads = jax.pmap(grad, in_axes=(None, 0))(params, batches)
+        assert len(jax.tree.leaves(grads)[0].sharding.device_set) == K
+    tx = optax_bilevel.bilevel_reweight()
+    for update in (tx.update, jax.jit(tx.update)):
+        assert_close(update(grads, tx.init(params), params)[0], result("scan", "defaults")[0])
+
+
+# --------------------------------------------------------------- the collective form on many axes
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "axis", "example_axis"),
+    [
+        ((4, 2), "k", "e"),
+        ((2, 4), "k", "e"),
+        ((2, 2, 2), ("k", "k2"), "e"),
+        ((2, 2, 2), "k", ("k2", "e")),
+        ((2, 4), ("k", "e"), None),
+    ],
+)
+def test_second_axis(check_vma, shape, axis, example_axis):
+    """A mini-batch spread over devices counts as one: its gradients are averaged."""
+    names = ("k", "e") if len(shape) == 2 else ("k", "k2", "e")
+    mesh = mesh_of(shape, names)
+    sizes = dict(zip(names, shape, strict=True))
+    k = np.prod([sizes[name] for name in ((axis,) if isinstance(axis, str) else axis)])
+    params, batches = params_of(), batches_of(int(k), b=8)
+
+    def per_device(params, batch):
+        if check_vma:
+            params = jax.lax.pcast(params, names, to="varying")
+        grads = jax.grad(loss)(params, jax.tree.map(lambda x: x[0], batch))
+        return optax_bilevel.bilevel_pmean(
+            grads, axis, mu=0.1, example_axis=example_axis, return_weights=True
+        )
+
+    specs = {"in_specs": (P(), P(axis, example_axis)), "out_specs": P(), "check_vma": check_vma}
+    update, weights = jax.jit(jax.shard_map(per_device, mesh=mesh, **specs))(params, batches)
+    expected, expected_weights = stacked(params, batches, mu=0.1)
+    assert_close(update, expected)
+    assert distance(weights, expected_weights) <= 1e-6
+
+
+def test_streaming_on_every_device():
+    """Data-parallel streaming: every device has a part of each of the k mini-batches."""
+    mesh = mesh_of((8,), ("examples",))
+    params, batches = params_of(), batches_of(4, b=8)
+
+    def mean_loss(params, batch):
+        return jax.lax.pmean(loss(params, batch), "examples")
+
+    def per_device(params, batches):
+        return stream(params, batches, mean_loss, loop="scan")
+
+    specs = {"in_specs": (P(), P(None, "examples")), "out_specs": P()}
+    actual = jax.jit(jax.shard_map(per_device, mesh=mesh, **specs))(params, batches)
+    assert_close(actual, stacked(params, batches))
