@@ -18,8 +18,9 @@ from optax_bilevel._inner_products import Groups, PyTree
 
 AxisName = Any  # a mesh or pmap axis name, or a tuple of them
 
-# Shards are padded to a multiple of this, or XLA turns the final all-gather into an all-reduce.
-_ALIGNMENT = 1024
+# Shards are padded to a multiple of a TPU's lanes, or XLA turns the final all-gather into an
+# all-reduce, which moves twice the bytes.
+_ALIGNMENT = 128
 
 
 def bilevel_pmean(
