@@ -101,19 +101,20 @@ def bilevel_pmean(
     spread = 1 if example_axis is None else jax.lax.axis_size(example_axis)
     grouping = _inner_products.resolve_groups(grads, groups)
 
-    # One flat buffer per dtype, [spread, k, shard]; a shard holds a piece of every leaf, so that
+    # One flat buffer per dtype, [devices, shard]; a shard holds a piece of every leaf, so that
     # leaves, and with them groups, lie at the same place in every shard.
     stacks: list[Any] = [None] * len(leaves)
     layouts = {}
     for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
         indices = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
-        pieces = [_pieces(leaves[i], spread, k) for i in indices]
+        pieces = [_pieces(leaves[i], k * spread) for i in indices]
         widths = [piece.shape[-1] for piece in pieces]
         padding = -sum(widths) % _ALIGNMENT
-        buffer = jnp.concatenate([*pieces, jnp.zeros((spread, k, padding), dtype)], axis=-1)
-        if example_axis is not None:
-            buffer = jax.lax.psum_scatter(buffer, example_axis, tiled=True) / spread
-        shards = jax.lax.all_to_all(buffer[0], axis_name, 0, 0, tiled=True)
+        buffer = jnp.concatenate([*pieces, jnp.zeros((k * spread, padding), dtype)], axis=-1)
+        shards = jax.lax.all_to_all(buffer, everywhere, 0, 0, tiled=True)
+        if spread > 1:  # the examples of a mini-batch, averaged here rather than on the way
+            shards = shards.astype(_inner_products.accumulation_dtype(dtype))
+            shards = jnp.mean(shards.reshape(k, spread, -1), axis=1)
         offsets = [sum(widths[:n]) for n in range(len(widths))]
         for i, offset, width in zip(indices, offsets, widths, strict=True):
             stacks[i] = shards[:, offset : offset + width]
@@ -133,12 +134,9 @@ def bilevel_pmean(
         shard = jnp.concatenate(
             [*(sums[i].astype(dtype) for i in indices), jnp.zeros((padding,), dtype)]
         )
-        full = jax.lax.all_gather(shard, axis_name, to=_same_everywhere(axis_name))
-        full = full.reshape(1, k, -1)
-        if example_axis is not None:
-            full = jax.lax.all_gather(full[0], example_axis, to=_same_everywhere(example_axis))
+        full = jax.lax.all_gather(shard, everywhere, to=_same_everywhere(everywhere))
         for i, offset, width in zip(indices, offsets, widths, strict=True):
-            flat = full[:, :, offset : offset + width].reshape(-1)
+            flat = full[:, offset : offset + width].reshape(-1)
             results[i] = flat[: leaves[i].size].reshape(leaves[i].shape)
     reweighted = treedef.unflatten(results)
     return (reweighted, grouping.present(weights.values)) if return_weights else reweighted
@@ -148,11 +146,10 @@ def _axes(axis_name: AxisName) -> tuple[Any, ...]:
     return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
 
 
-def _pieces(leaf: jax.Array, spread: int, k: int) -> jax.Array:
-    """A leaf cut into spread × k equal pieces, the last ones padded with zeros."""
-    width = math.ceil(leaf.size / (spread * k))
-    flat = jnp.pad(leaf.reshape(-1), (0, spread * k * width - leaf.size))
-    return flat.reshape(spread, k, width)
+def _pieces(leaf: jax.Array, count: int) -> jax.Array:
+    """A leaf cut into `count` equal pieces, the last ones padded with zeros: [count, width]."""
+    width = math.ceil(leaf.size / count)
+    return jnp.pad(leaf.reshape(-1), (0, count * width - leaf.size)).reshape(count, width)
 
 
 def _check_varying(grads: PyTree, axis_name: AxisName) -> None:

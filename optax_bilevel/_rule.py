@@ -197,7 +197,8 @@ def weigh(products: Products, rule: Rule) -> Weights:
     if rule.solver == "exact":
         assert gram is not None
         gram = jnp.where(active[:, :, None] & active[:, None, :], gram, 0)
-        raw = exact_weights(gram, dots, rule)
+        # The solution is zero to rounding in the other slots; a NaN gradient takes an exact zero.
+        raw = jnp.where(active, exact_weights(gram, dots, rule), 0)
     else:
         raw = diagonal_weights(dots, sq_norms, rule)
 

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 a fault of ours; 2 a wrong choice, or data that are missing; 3 NaN or Inf;
 4 the run directory is in use or holds another run; 75 stopped by SIGTERM and 130 by SIGINT, the
-state saved: start again to go on.
+state of the training saved: start again to go on.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Help = tyro.conf.arg
 USAGE = """usage: python -m train [COMMAND] [OPTIONS]; --help after a command lists its options
@@ -132,7 +133,7 @@ def _list(args: list[str], console: Console) -> None:
         ("augmentations", augment.PRESETS),
         ("label noise", (*noise.KINDS, "FILE.npz")),
     ):
-        console.print(f"[bold]{title}[/bold]: {', '.join(names)}")
+        console.print(Text.assemble((title, "bold"), f": {', '.join(names)}"))
 
 
 def _models(args: list[str], console: Console) -> None:
@@ -182,7 +183,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    console = Console()
+    console = Console(markup=False)  # messages and paths have brackets of their own
     if args and args[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -190,8 +191,20 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    warnings.showwarning = lambda message, *_: console.print(f"[yellow]warning:[/yellow] {message}")
+    warnings.showwarning = lambda message, *_: console.print(
+        Text.assemble(("warning: ", "yellow"), str(message))
+    )
+    # While it trains the trainer has handlers of its own, which save the state first.
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    try:
+        return _run_command(name, args, console)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
+
+def _run_command(name: str, args: list[str], console: Console) -> int:
     from train.run_directory import RunDirectoryError
     from train.trainer import Interrupted, NotFiniteError
 

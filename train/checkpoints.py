@@ -3,27 +3,47 @@
 import logging
 import pathlib
 import re
+import shutil
 import warnings
+import zlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 PyTree = Any
 
-# Orbax logs each save and restore at this level; what matters is said here.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs every save and restore, and a failed one in hundreds of lines; what matters is said
+# here.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, directory: pathlib.Path, keep: int = 2):
-        """Opens `directory`, creating it if need be; of older checkpoints `keep` stay."""
+    def __init__(self, directory: pathlib.Path, keep: int = 2, *, read_only: bool = False):
+        """Opens `directory`, creating it if need be.
+
+        Args:
+            directory: the folder of the checkpoints, and of nothing else.
+            keep: how many checkpoints stay, the latest ones.
+            read_only: change nothing in the folder, which another process may be writing to.
+
+        Raises:
+            ValueError: if `keep` is not positive.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+        self._directory = directory.absolute()
+        self._read_only = read_only
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep), create=True
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                create=not read_only,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,  # left by a kill in the middle of a save
             ),
         )
         self._saved = -1
@@ -34,10 +54,8 @@ class Checkpoints:
 
     def __exit__(self, *exc: object) -> None:
         """Waits for the save under way."""
-        try:
-            self._manager.close()
-        except Exception as error:  # a failed background save must not hide what ended the run
-            warnings.warn(f"the last checkpoint was not written: {error}", stacklevel=2)
+        self._finish()
+        self._manager.close()
 
     def save(self, step: int, state: PyTree, *, wait: bool = False) -> None:
         """Saves `state` under `step`; in the background unless `wait`.
@@ -45,40 +63,84 @@ class Checkpoints:
         A save that fails, for want of disk space for instance, is a warning: the run goes on and
         the checkpoints before it stay.
         """
+        self._finish()  # its failure would otherwise be taken for one of this save
         if step == self._saved:
             return
+        named = _named(state)
+        named[_CHECKSUM] = _checksum(named)
+        self._saved = step
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(_named(state)), force=True)
-            if wait:
-                self._manager.wait_until_finished()
-            self._saved = step
-        except (OSError, ValueError, RuntimeError) as error:
-            warnings.warn(
-                f"checkpoint of step {step} not written, the one before it is kept: {error}",
-                stacklevel=2,
-            )
+            self._manager.save(step, args=ocp.args.StandardSave(named), force=True)
+        except Exception as error:  # whatever a full disk makes Orbax raise
+            self._failed(error)
+        if wait:
+            self._finish()
+
+    def _finish(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # likewise
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        for left in self._directory.glob(f"{self._saved}{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        warnings.warn(
+            f"checkpoint of step {self._saved} not written, the one before it is kept: "
+            f"{_in_a_line(error)}",
+            stacklevel=4,
+        )
+        self._saved = -1
 
     def restore(self, like: PyTree) -> PyTree | None:
-        """The newest checkpoint that can be read, or None; warns of damaged ones.
+        """The newest checkpoint that can be read, or None.
+
+        Warns of damaged ones and, unless the folder is open for reading only, moves them out of
+        it, beside it, as ``damaged-checkpoint-STEP``.
 
         Args:
             like: a state of the same structure, shapes, dtypes and shardings.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
+        abstract[_CHECKSUM] = np.zeros((), np.uint32)
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 named = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                if named.pop(_CHECKSUM) != _checksum(named):
+                    raise ValueError("its checksum is wrong")
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 warnings.warn(
                     f"checkpoint of step {step} cannot be read, trying the one before it: "
-                    f"{str(error).splitlines()[0]}",
+                    f"{_in_a_line(error)}",
                     stacklevel=2,
                 )
-                self._manager.delete(step)
+                if not self._read_only:
+                    self._set_aside(step)
                 continue
             self._saved = step
             return jax.tree.unflatten(jax.tree.structure(like), list(named.values()))
         return None
+
+    def _set_aside(self, step: int) -> None:
+        aside = self._directory.parent / f"damaged-checkpoint-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self._directory / str(step)).rename(aside)
+        self._manager.reload()
+
+
+_CHECKSUM = "checksum"
+
+
+def _checksum(named: dict[str, Any]) -> np.ndarray:
+    """CRC-32 of all values: Orbax itself does not notice a flipped bit in an array."""
+    value = 0
+    for leaf in named.values():
+        value = zlib.crc32(np.asarray(leaf).tobytes(), value)
+    return np.array(value, np.uint32)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _named(state: PyTree) -> dict[str, jax.Array]:

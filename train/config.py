@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
@@ -115,12 +116,17 @@ class Config:
             ("train_size", 1, None), ("weight_decay", 0, None),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and (value < low or (high is not None and value > high)):
+            if value is not None and not low <= value <= (math.inf if high is None else high):
                 bound = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise ConfigError(f"{name} must be {bound}, got {value}")
-        for name in ("lam", "mu", "learning_rate", "decay"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("lam", "mu", "learning_rate", "decay", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be positive and finite, got {value}")
+        if self.dropout_rate is not None and not 0 <= self.dropout_rate < 1:
+            raise ConfigError(f"dropout_rate must be from 0 to below 1, got {self.dropout_rate}")
+        if any(width < 1 for width in self.hidden or ()):
+            raise ConfigError(f"hidden must be widths of at least 1, got {self.hidden}")
         if not 1 <= self.num_validation < self.k:
             raise ConfigError(
                 f"num_validation must be from 1 to k - 1 = {self.k - 1}, got {self.num_validation}"
@@ -129,6 +135,8 @@ class Config:
             raise ConfigError(f"hidden is for the network mlp, not {self.network}")
         if self.pretrained is not None and self.network != "resnet50":
             raise ConfigError(f"pretrained is for the network resnet50, not {self.network}")
+        if self.validation_ratio and self.sampling == "random":
+            raise ConfigError("validation_ratio needs sampling = stratified, not random")
         if self.clean_validation and not self.validation_ratio:
             raise ConfigError("clean_validation needs a validation_ratio above 0")
         methods.check_form(self.method, self.form)

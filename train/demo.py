@@ -32,18 +32,31 @@ LABELS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Shared(Config):
+    """What all runs of the demo have in common: all but the method and the seed."""
+
+    method: tyro.conf.Suppress[str] = "bilevel"
+    seed: tyro.conf.Suppress[int] = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Demo:
     """Compares methods on noisy labels, several seeds each, and draws the result."""
 
-    config: tyro.conf.OmitArgPrefixes[Config] = dataclasses.field(
-        default_factory=lambda: Config(
+    config: tyro.conf.OmitArgPrefixes[Shared] = dataclasses.field(
+        default_factory=lambda: Shared(
             k=32, b=2, hidden=(256, 256), augmentation="standardize", decay=0.98
         )
     )
     methods: Annotated[
-        tuple[str, ...], Help(help=f"methods to compare, of {', '.join(method_files.NAMES)}")
+        tuple[str, ...],
+        Help(
+            help=f"methods to compare, of {', '.join(method_files.NAMES)}", aliases=("--method",)
+        ),
     ] = method_files.NAMES
-    seeds: Annotated[tuple[int, ...], Help(help="seeds of each method")] = (0, 1, 2)
+    seeds: Annotated[
+        tuple[int, ...], Help(help="seeds of each method", aliases=("--seed",))
+    ] = (0, 1, 2)
     out: Annotated[pathlib.Path, Help(help="where the runs, the table and the picture go")] = (
         pathlib.Path("runs/demo")
     )

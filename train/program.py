@@ -62,8 +62,8 @@ class State(NamedTuple):
         batch_stats: running averages of batch norm, empty for networks without.
         opt_state: state of the optimizer.
         sums: of the epoch at hand.
-        failed: the first step that left a NaN or an Inf in the parameters or had no finite loss,
-            int32 []; -1 while there is none.
+        failed: the first step that left a NaN or an Inf in the parameters or the running averages,
+            or had no finite loss, int32 []; -1 while there is none.
     """
 
     step: jax.Array
@@ -233,15 +233,16 @@ def _build(
         losses, (logits, new_stats), grads, weights = method(loss_fn, state.params, batches)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        batch_stats = jax.tree.map(
+            lambda x: _merge_stats(x, config.batch_statistics, config.num_validation), new_stats
+        )
         return State(
             step=state.step + 1,
             params=params,
-            batch_stats=jax.tree.map(
-                lambda x: _merge_stats(x, config.batch_statistics, config.num_validation), new_stats
-            ),
+            batch_stats=batch_stats,
             opt_state=opt_state,
             sums=_add_step(state.sums, raw, losses, logits, weights, config.num_validation),
-            failed=_first_failure(state, losses, params),
+            failed=_first_failure(state, losses, (params, batch_stats)),
         )
 
     def predict(
@@ -288,8 +289,8 @@ def _merge_stats(stats: jax.Array, policy: str, num_validation: int) -> jax.Arra
     return jnp.mean(stats[kept], axis=0)
 
 
-def _first_failure(state: State, losses: jax.Array, params: PyTree) -> jax.Array:
-    finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)])
+def _first_failure(state: State, losses: jax.Array, new: PyTree) -> jax.Array:
+    finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)])
     ok = jnp.all(finite) & jnp.any(jnp.isfinite(losses))
     return jnp.where((state.failed >= 0) | ok, state.failed, state.step)
 

@@ -126,7 +126,7 @@ def environment() -> dict[str, Any]:
         revision = None
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [pathlib.Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],
         "revision": revision,
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},

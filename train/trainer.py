@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import signal
 import time
@@ -36,7 +37,7 @@ class Interrupted(Exception):  # noqa: N818, not an error: the run can go on
 
 
 class NotFiniteError(FloatingPointError):
-    """A step left NaN or Inf in the parameters, or had no finite loss."""
+    """A step left NaN or Inf in the parameters or running averages, or had no finite loss."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Options:
     """How a run is carried out; none of it changes its result.
 
     Attributes:
-        checkpoint_seconds: save at the first end of an epoch after so many seconds; 0: at every.
+        checkpoint_seconds: save after so many seconds; 0: at every end of an epoch.
         keep: how many checkpoints to keep.
         tensorboard: also write the metrics for TensorBoard.
         on_epoch: called with every line of metrics.
@@ -128,6 +129,8 @@ def _order(
     config: Config, dataset: data.Dataset, given: np.ndarray, true: np.ndarray
 ) -> tuple[np.ndarray, sampler.Sampler]:
     k, b, seed = config.k, config.b, config.seed
+    if dataset.multi_label and config.validation_ratio:
+        raise ConfigError("validation_ratio is for one label per example: take 0")
     if config.sampling == "random":
         return given, sampler.random(len(given), k, b, seed=seed)
     if dataset.multi_label:
@@ -223,7 +226,7 @@ def _loop(
     history = run.keep_metrics(step)
     last_save = started = time.monotonic()
     seconds_before = history[-1]["seconds"] if history else 0.0
-    epoch_started, waited = started, 0.0
+    part_started, part_steps, waited = started, 0, 0.0  # of the epoch at hand, by this process
 
     batches = data.batches(
         problem.dataset.train, problem.order, first_step=step, num_steps=num_steps
@@ -233,9 +236,11 @@ def _loop(
             state, seconds = advance(program, problem, batches, state, step_key)
             waited += seconds
             step += 1
+            part_steps += 1
             options.on_step(step)
 
-            if step % steps_per_epoch == 0:
+            epoch_ends = step % steps_per_epoch == 0
+            if epoch_ends:
                 _check_finite(state)
                 now = time.monotonic()
                 line = {
@@ -243,11 +248,8 @@ def _loop(
                     "step": step,
                     **_training_figures(state, config),
                     **evaluate(program, state, problem),
-                    "images_per_second": steps_per_epoch
-                    * config.k
-                    * config.b
-                    / (now - epoch_started),
-                    "waiting": waited / (now - epoch_started),
+                    "images_per_second": part_steps * config.k * config.b / (now - part_started),
+                    "waiting": waited / (now - part_started),
                     "seconds": seconds_before + time.monotonic() - started,
                 }
                 run.append_metrics(line)
@@ -255,13 +257,15 @@ def _loop(
                 options.on_epoch(line)
                 history.append(line)
                 state = program.new_epoch(state)
-                epoch_started, waited = time.monotonic(), 0.0
-                if step == num_steps or epoch_started - last_save >= options.checkpoint_seconds:
-                    checkpoints.save(step, state)
-                    last_save = epoch_started
-            if (signum := asked_to_stop()) is not None and step < num_steps:
+                part_started, part_steps, waited = time.monotonic(), 0, 0.0
+
+            signum = asked_to_stop()
+            due = time.monotonic() - last_save >= (options.checkpoint_seconds or math.inf)
+            if step == num_steps or due or signum or (epoch_ends and not options.checkpoint_seconds):
                 _check_finite(state)
-                checkpoints.save(step, state, wait=True)
+                checkpoints.save(step, state, wait=signum is not None)
+                last_save = time.monotonic()
+            if signum and step < num_steps:
                 raise Interrupted(signum, step)
     return history
 
@@ -287,8 +291,9 @@ def _check_finite(state: State) -> None:
     failed = int(jax.device_get(state.failed))
     if failed >= 0:
         raise NotFiniteError(
-            f"step {failed} left NaN or Inf in the parameters, or had no finite loss; the "
-            "checkpoint before it is kept. A smaller learning rate or a clip_norm may help"
+            f"step {failed} left NaN or Inf in the parameters or the running averages, or had no "
+            "finite loss; the checkpoint before it is kept. A smaller learning rate or a clip_norm "
+            "may help"
         )
 
 
@@ -352,10 +357,13 @@ def _open(directory: pathlib.Path) -> tuple[Config, Problem, Program, State]:
     config = Config.from_json(json.loads(file.read_text()))
     problem = load_problem(config)
     program = build_program(config, problem)
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        state = checkpoints.restore(program.init(jax.random.key(0)))
+    folder = directory / "checkpoints"
+    state = None
+    if folder.exists():
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            state = checkpoints.restore(program.init(jax.random.key(0)))
     if state is None:
-        raise ConfigError(f"{directory} has no checkpoint yet")
+        raise ConfigError(f"{directory} has no checkpoint yet, or none that can be read")
     return config, problem, program, state
 
 

@@ -6,14 +6,14 @@ import numpy as np
 
 
 def stack_of(seed, shapes, k, dtype=jnp.float32, scale=1.0):
-    """A list of leaves [k, *shape], normally distributed around a direction all share."""
+    """A list of NumPy leaves [k, *shape], normally distributed around a direction all share."""
     rng = np.random.default_rng(seed)
 
     def draw(shape):
         x = rng.normal(size=shape) + 0.5 * rng.normal(size=shape[1:])
         if jnp.issubdtype(dtype, jnp.complexfloating):
             x = x + 1j * rng.normal(size=shape)
-        return jnp.asarray(x * scale, dtype)
+        return np.asarray(x * scale, dtype)
 
     return [draw((k, *shape)) for shape in shapes]
 

@@ -132,9 +132,9 @@ OPTIONS = {
     "nonnegative": {"nonnegative": True, "num_validation": 2},
     "per leaf": {"groups": "leaf"},
     "per label": {"groups": LABELS, "num_validation": 2},
-    # Eight gradients of one entry are as singular as can be: mu conditions the system.
-    "exact": {"solver": "exact", "num_validation": 2, "mu": 0.5},
-    "exact per leaf": {"solver": "exact", "groups": "leaf", "mu": 1.0},
+    # A singular system magnifies rounding (test_rule.py says how far): mu conditions it.
+    "exact": {"solver": "exact", "num_validation": 2, "mu": 20.0},
+    "exact per leaf": {"solver": "exact", "groups": "leaf", "mu": 20.0},
 }
 
 
@@ -146,7 +146,12 @@ def result(form, option):
     return (function if form in UNJITTED else jax.jit(function))(params, batches)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+QUICK = ("three validation", "per label", "exact")
+
+
+@pytest.mark.parametrize(
+    "option", [o if o in QUICK else pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS]
+)
 def test_every_pair_of_forms_agrees(option):
     exact = OPTIONS[option].get("solver") == "exact"
     left_out = NO_GRAM if exact else () if option == "three validation" else VARIANTS
@@ -159,7 +164,12 @@ def test_every_pair_of_forms_agrees(option):
 
 def test_options_matter():
     """The comparisons above would hold as well if options were ignored everywhere."""
-    updates = [result("stacked", option)[0] for option in OPTIONS]
+    grads = stacked_gradients(params_of(), batches_of(K))
+    others = {"mu alone": {"mu": 20.0}, "mu per leaf": {"groups": "leaf", "mu": 20.0}}
+    updates = []
+    for options in (OPTIONS | others).values():
+        tx = optax_bilevel.bilevel_reweight(**options)
+        updates.append(jax.jit(tx.update)(grads, tx.init(None))[0])
     for a, b in itertools.combinations(updates, 2):
         assert distance(a, b) > 1e-3
 
@@ -241,12 +251,18 @@ def test_aux_without_jit():
     np.testing.assert_array_equal(aux["constant"], [3, 3, 3])
 
 
-@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
-@pytest.mark.parametrize(("loop", "chunk_size"), [("scan", 1), ("unroll", 1), ("scan", 2)])
+@pytest.mark.parametrize(
+    ("make_key", "loop", "chunk_size"),
+    [
+        (jax.random.key, "scan", 2),
+        (jax.random.key, "unroll", 1),
+        (jax.random.PRNGKey, "scan", 1),
+    ],
+)
 def test_random_keys_are_part_of_the_batches(make_key, loop, chunk_size):
     """Every mini-batch draws its own dropout mask, the same one in every form."""
     params = params_of()
-    batches = {**batches_of(6), "key": jax.random.split(make_key(5), 6)}
+    batches = {**batches_of(4), "key": jax.random.split(make_key(5), 4)}
 
     def noisy(params, batch):
         mask = jax.random.bernoulli(batch["key"], 0.5, batch["x"].shape)
@@ -272,7 +288,9 @@ def test_keys_may_come_back_as_aux(chunk_size):
 
 
 @pytest.mark.parametrize("form", ["scan", "unroll", "multi_steps", "shard_map", "pmap"])
-@pytest.mark.parametrize("option", ["defaults", "per leaf"])
+@pytest.mark.parametrize(
+    "option", [pytest.param("defaults", marks=pytest.mark.slow), "per leaf"]
+)
 def test_forms_agree_on_mixed_dtypes(form, option):
     params, batches = params_of(), batches_of(K)
     params["layer"]["kernel"] = params["layer"]["kernel"].astype(jnp.bfloat16)
@@ -310,18 +328,17 @@ def test_stacks_of_any_make(how):
 # --------------------------------------------------------------- the collective form on many axes
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "axis", "example_axis"),
+    ("shape", "axis", "example_axis", "check_vma"),
     [
-        ((4, 2), "k", "e"),
-        ((2, 4), "k", "e"),
-        ((2, 2, 2), ("k", "k2"), "e"),
-        ((2, 2, 2), "k", ("k2", "e")),
-        ((2, 4), ("k", "e"), None),
+        ((4, 2), "k", "e", True),
+        ((2, 4), "k", "e", False),
+        ((2, 2, 2), ("k", "k2"), "e", True),
+        ((2, 2, 2), "k", ("k2", "e"), True),
+        ((2, 4), ("k", "e"), None, True),
     ],
 )
-def test_second_axis(check_vma, shape, axis, example_axis):
+def test_second_axis(shape, axis, example_axis, check_vma):
     """A mini-batch spread over devices counts as one: its gradients are averaged."""
     names = ("k", "e") if len(shape) == 2 else ("k", "k2", "e")
     mesh = mesh_of(shape, names)

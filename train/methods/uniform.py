@@ -29,4 +29,5 @@ def make(config: Any) -> tuple[Method, str]:
         (_, (losses, aux)), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
         return Gradient(losses, aux, grads, weights)
 
-    return gradient, "weights 1/(k-1), as the gradient of the mean loss"
+    share = f"1/{config.k - num_validation}"
+    return gradient, f"weights {share}, as the gradient of the mean training loss"

@@ -1,0 +1,73 @@
+"""Traffic of the collective form, compiled for a TPU pod that nobody here has."""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import traffic
+
+LIBTPU = pathlib.Path(os.environ.get("LIBTPU_DIR", pathlib.Path(sys.prefix, "tpu")))
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@functools.cache
+def texts():
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(LIBTPU)]),
+    }
+    # The fake CPU devices of the other tests have no place here.
+    environment.pop("XLA_FLAGS", None)
+    result = subprocess.run(
+        [sys.executable, pathlib.Path(__file__).with_name("pod_step.py")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)
+
+
+needs_libtpu = pytest.mark.skipif(
+    not (LIBTPU / "libtpu").is_dir() and importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: make test does that on x86-64 Linux",
+)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["diagonal", "exact"])
+@pytest.mark.parametrize("case", ["even", "odd", "bfloat16", "two axes"])
+def test_moves_what_pmean_moves(case, solver):
+    ours = traffic.bytes_moved(texts()[case][solver], 16)
+    pmean = traffic.bytes_moved(texts()[case]["pmean"], 16)
+    assert set(pmean) == {"all-reduce"}
+    assert ours["all-to-all"] > 0.4 * pmean["all-reduce"]
+    assert sum(ours.values()) <= 1.01 * sum(pmean.values())
+
+
+def test_bytes_moved_counts_ring_traffic():
+    text = """
+  %a = f32[100]{0} all-reduce(f32[100]{0} %x), replica_groups={{0,1,2,3}}, to_apply=%add
+  %b = (bf16[8,4]{1,0}, f32[2]{0}) all-reduce(%y, %z), replica_groups=[1,16]<=[16], to_apply=%add
+  %c = f32[16,10]{1,0} all-to-all(f32[16,10]{1,0} %x), dimensions={0}
+  %d = f32[160]{0} all-gather(f32[10]{0} %x), dimensions={0}
+  %e = (f32[10]{0}, f32[160]{0}) all-gather-start(f32[10]{0} %x), dimensions={0}
+  %f = f32[160]{0} all-gather-done(%e)
+  %g = f32[10]{0} reduce-scatter(f32[160]{0} %x), dimensions={0}
+  %h = f32[5]{0} add(f32[5]{0} %x, f32[5]{0} %x)
+"""
+    moved = traffic.bytes_moved(text, 16)
+    assert moved == {
+        "all-reduce": 2 * 3 / 4 * 400 + 2 * 15 / 16 * (64 + 8),
+        "all-to-all": 15 / 16 * 640,
+        "all-gather": 2 * 15 / 16 * 640,
+        "reduce-scatter": 15 * 40,
+    }

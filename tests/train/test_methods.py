@@ -1,0 +1,237 @@
+"""Each method against its formula, written out over plain gradients in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import methods
+from train.config import Config
+from train.methods import Batch
+
+K, B, CLASSES = 8, 4, 3
+
+FORMS = ("streaming", "stacked", "multi_steps", "collective")
+
+
+def config(method="bilevel", **changes):
+    return Config(**{"method": method, "k": K, "b": B, **changes})
+
+
+def make_params():
+    rng = np.random.default_rng(0)
+
+    def layer(fan_in, fan_out):
+        kernel = rng.normal(size=(fan_in, fan_out)) / np.sqrt(fan_in)
+        return {
+            "kernel": jnp.asarray(kernel, jnp.float32),
+            "bias": jnp.asarray(0.1 * rng.normal(size=fan_out), jnp.float32),
+        }
+
+    return {"first": layer(6, 5), "head": layer(5, CLASSES)}
+
+
+def make_batches(k=K):
+    rng = np.random.default_rng(1)
+    images = jnp.asarray(rng.normal(size=(k, B, 2, 3, 1)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, CLASSES, (k, B)), jnp.int32)
+    return Batch(images, labels, jax.random.split(jax.random.key(2), k))
+
+
+def loss_fn(params, batch):
+    x = batch.images.reshape(len(batch.images), -1)
+    x = jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"])
+    logits = x @ params["head"]["kernel"] + params["head"]["bias"]
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[:, None], axis=1)
+    return -jnp.mean(picked), {"logits": logits}
+
+
+PARAMS = make_params()
+
+
+of_one = jax.jit(lambda batch: jax.grad(lambda p: loss_fn(p, batch)[0])(PARAMS))
+
+
+def gradients(batches):
+    """The gradient of every mini-batch, one after the other: dict of float64 [k, ...]."""
+    slices = [jax.tree.map(lambda x, i=i: x[i], batches) for i in range(len(batches.images))]
+    grads = [of_one(batch) for batch in slices]
+    return {
+        f"{layer}/{name}": np.stack([np.asarray(g[layer][name], np.float64) for g in grads])
+        for layer in PARAMS
+        for name in PARAMS[layer]
+    }
+
+
+@functools.cache
+def run(of):
+    method, _ = methods.make(of)
+    return jax.jit(lambda *arrays: method(loss_fn, *arrays))(PARAMS, make_batches(of.k))
+
+
+def by_name(grads):
+    return {f"{layer}/{name}": grads[layer][name] for layer in grads for name in grads[layer]}
+
+
+def assert_close(actual, expected, tolerance=1e-6):
+    """Within `tolerance` of the size of the whole gradient."""
+    size = np.sqrt(sum(np.sum(np.square(x)) for x in expected.values()))
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, rtol=0, atol=tolerance * size, err_msg=name)
+
+
+def omega(names, grads, of):
+    """ω of eq. (10) or (8) over the parameters in `names`, normalised as the config says."""
+    flat = np.concatenate([grads[name].reshape(of.k, -1) for name in names], axis=1)
+    validation, training = flat[: of.num_validation], flat[of.num_validation :]
+    products = training @ validation.sum(0)
+    if of.method == "bilevel_exact":
+        gram = training @ training.T
+        weights = np.linalg.solve(gram / of.lam + of.mu * np.eye(len(gram)), products)
+    else:
+        weights = products / (np.square(training).sum(1) / of.lam + of.mu)
+    if of.nonnegative:
+        weights = np.maximum(weights, 0)
+    if of.normalize:
+        weights = weights / np.abs(weights).sum()
+    return weights
+
+
+def expected(of, groups):
+    grads = gradients(make_batches(of.k))
+    result = {}
+    for names in groups(grads):
+        weights = omega(names, grads, of)
+        for name in names:
+            result[name] = np.tensordot(weights, grads[name][of.num_validation :], 1)
+    return result
+
+
+GROUPS = {
+    "all": lambda grads: [list(grads)],
+    "leaf": lambda grads: [[name] for name in grads],
+    "layer": lambda grads: [[n for n in grads if n.startswith(f"{layer}/")] for layer in PARAMS],
+}
+
+
+def test_sgd_descends_the_mean_over_all_examples():
+    batches = make_batches()
+    examples = Batch(
+        batches.images.reshape(K * B, 1, 2, 3, 1), batches.labels.reshape(K * B, 1), None
+    )
+    mean = {name: x.mean(0) for name, x in gradients(examples).items()}
+    result = run(config("sgd"))
+    assert_close(by_name(result.grads), mean)
+    assert result.weights is None
+    losses = [loss_fn(PARAMS, jax.tree.map(lambda x, i=i: x[i], batches))[0] for i in range(K)]
+    np.testing.assert_allclose(result.losses, [np.mean(losses)], rtol=1e-6)
+    assert result.aux["logits"].shape == (1, K * B, CLASSES)
+
+
+@pytest.mark.parametrize("num_validation", [1, 3])
+def test_uniform_descends_the_mean_of_the_training_mini_batches(num_validation):
+    grads = gradients(make_batches())
+    mean = {name: x[num_validation:].mean(0) for name, x in grads.items()}
+    result = run(config("uniform", num_validation=num_validation))
+    assert_close(by_name(result.grads), mean)
+    weights = [0.0] * num_validation + [1 / (K - num_validation)] * (K - num_validation)
+    np.testing.assert_allclose(result.weights, weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize("groups", list(GROUPS))
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_bilevel_is_eq_10(form, groups):
+    of = config(form=form, groups=groups)
+    result = run(of)
+    assert_close(by_name(result.grads), expected(of, GROUPS[groups]))
+    if groups == "all":
+        weights = omega(list(by_name(PARAMS)), gradients(make_batches()), of)
+        np.testing.assert_allclose(result.weights, [0, *weights], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["stacked", "collective"])
+def test_bilevel_exact_is_eq_8(form):
+    of = config("bilevel_exact", form=form)
+    result = run(of)
+    # The system is solved in float32; its condition number is about 100.
+    assert_close(by_name(result.grads), expected(of, GROUPS["all"]), 1e-5)
+    approximate = expected(config(), GROUPS["all"])
+    with pytest.raises(AssertionError):
+        assert_close(by_name(result.grads), approximate, 1e-2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_validation": 2, "normalize": False}, {"groups": "layer"}],
+    ids=str,
+)
+def test_the_forms_agree_with_each_other(changes):
+    results = {form: run(config(form=form, **changes)) for form in FORMS}
+    reference = results.pop("stacked")
+    for form, result in results.items():
+        assert_close(
+            by_name(result.grads),
+            {name: np.asarray(x, np.float64) for name, x in by_name(reference.grads).items()},
+        )
+        size = np.abs(reference.weights).max()
+        np.testing.assert_allclose(
+            result.weights, reference.weights, rtol=0, atol=1e-6 * size, err_msg=form
+        )
+        np.testing.assert_allclose(result.losses, reference.losses, rtol=1e-6, err_msg=form)
+        np.testing.assert_allclose(
+            result.aux["logits"], reference.aux["logits"], rtol=1e-5, atol=1e-6, err_msg=form
+        )
+
+
+def test_bilevel_exact_stacked_and_collective_agree():
+    stacked, collective = (run(config("bilevel_exact", form=f)) for f in ("stacked", "collective"))
+    reference = {name: np.asarray(x, np.float64) for name, x in by_name(stacked.grads).items()}
+    assert_close(by_name(collective.grads), reference, 1e-5)
+
+
+def test_options_reach_the_rule():
+    plain = run(config())
+    for changes in (
+        {"lam": 5.0}, {"mu": 1.0, "nonnegative": True}, {"num_validation": 2, "normalize": False},
+    ):  # fmt: skip
+        of = config(**changes)
+        result = run(of)
+        assert_close(by_name(result.grads), expected(of, GROUPS[of.groups]))
+        assert np.abs(result.weights - plain.weights).max() > 1e-4, changes
+
+
+@pytest.mark.parametrize("method", methods.NAMES)
+def test_every_method_says_how_it_computes(method):
+    _, how = methods.make(config(method))
+    assert how == {
+        "sgd": "one gradient over all examples of the step",
+        "uniform": "weights 1/7, as the gradient of the mean training loss",
+        "bilevel": "streaming form (chosen for this method) on cpu",
+        "bilevel_exact": "stacked form (chosen for this method) on cpu",
+    }[method]
+
+
+def test_a_form_that_was_asked_for_is_not_called_chosen():
+    assert methods.make(config(form="multi_steps"))[1] == "multi_steps form on cpu"
+
+
+@pytest.mark.parametrize("method", ["sgd", "uniform"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_are_for_methods_that_weigh(method, form):
+    message = f"method {method} weighs nothing: form {form} is for bilevel methods"
+    with pytest.raises(ValueError, match=message):
+        config(method, form=form)
+
+
+@pytest.mark.parametrize("form", ["streaming", "multi_steps"])
+def test_eq_8_needs_all_gradients(form):
+    with pytest.raises(ValueError, match=f"form {form} sees one gradient at a time.*known: stacked"):
+        config("bilevel_exact", form=form)
+
+
+def test_the_collective_form_needs_a_device_per_mini_batch():
+    assert jax.device_count() == 8, "tests/conftest.py asks for 8 CPU devices"
+    with pytest.raises(ValueError, match="k = 4, but there are 8 devices; take k = 8 or another"):
+        methods.make(config(k=4, form="collective"))

@@ -1,0 +1,66 @@
+"""Runs that take a second, and what tests compare of them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from train import data, trainer
+from train.config import Config
+from train.program import Program, RawBatch
+
+TIMING = {"images_per_second", "waiting", "seconds"}
+
+
+def config(**changes: Any) -> Config:
+    """160 digits, 3 epochs of 4 steps, a hidden layer of 16."""
+    choices: dict[str, Any] = {
+        "train_size": 160, "hidden": (16,), "k": 4, "b": 8, "epochs": 3, "learning_rate": 0.1,
+    }  # fmt: skip
+    return Config(**{**choices, **changes})
+
+
+def options(**changes: Any) -> trainer.Options:
+    """A checkpoint at every end of an epoch, no TensorBoard."""
+    return trainer.Options(**{"checkpoint_seconds": 0, "tensorboard": False, **changes})
+
+
+def build(of: Config) -> tuple[trainer.Problem, Program]:
+    problem = trainer.load_problem(of)
+    return problem, trainer.build_program(of, problem)
+
+
+def raw(problem: trainer.Problem, step: int) -> RawBatch:
+    """What the trainer hands to the step function."""
+    indices, images = next(
+        iter(data.batches(problem.dataset.train, problem.order, first_step=step, num_steps=step + 1))
+    )
+    return jax.device_put(
+        RawBatch(images, problem.dataset.train.labels[indices], problem.true[indices])
+    )
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics without the fields that a clock decides."""
+    return [{name: line[name] for name in line if name not in TIMING} for line in lines]
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    """Every leaf of two pytrees has the same bytes."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    paths = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, x), y in zip(paths, jax.tree.leaves(actual), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), jax.tree_util.keystr(path)
+        assert x.tobytes() == y.tobytes(), jax.tree_util.keystr(path)
+
+
+def final_state(directory: Any, of: Config) -> Any:
+    """The newest checkpoint of a run directory, which is left as it is."""
+    from train.checkpoints import Checkpoints
+
+    _, program = build(of)
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+        state = checkpoints.restore(program.init(jax.random.key(0)))
+    assert state is not None
+    return state
