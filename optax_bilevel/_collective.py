@@ -37,7 +37,7 @@ def bilevel_pmean(
     example_axis: AxisName | None = None,
     return_weights: bool = False,
 ) -> Any:
-    """Stands where ``jax.lax.pmean(grads, axis_name)`` stood, and returns the reweighted gradient.
+    r"""Stands where ``jax.lax.pmean(grads, axis_name)`` stood, and returns the reweighted gradient.
 
     Every device along `axis_name` brings the gradient of its own mini-batch; the first
     `num_validation` devices hold the validation mini-batches. All devices get
@@ -45,7 +45,7 @@ def bilevel_pmean(
     gradient-sized buffers beside the gradient. Works inside `jax.shard_map` and `jax.pmap`.
 
     Args:
-        grads: this device's gradients, leaves [*shape].
+        grads: this device's gradients, leaves [\*shape].
         axis_name: the axis (or tuple of axes) along which there is one mini-batch per device, k of
             them.
         lam, mu, num_validation, solver, normalize, nonnegative, groups: as in `bilevel_reweight`.
@@ -54,7 +54,7 @@ def bilevel_pmean(
         return_weights: also return ω̂.
 
     Returns:
-        Reweighted gradients, leaves [*shape] of the dtypes of `grads`, the same on every device;
+        Reweighted gradients, leaves [\*shape] of the dtypes of `grads`, the same on every device;
         with `return_weights` a pair of them and ω̂, [k] or [groups, k].
 
     Raises:

@@ -189,10 +189,10 @@ def bilevel_weights(
     nonnegative: bool = False,
     groups: Groups = None,
 ) -> jax.Array:
-    """The weights that `bilevel_reweight` gives to a stack of gradients.
+    r"""The weights that `bilevel_reweight` gives to a stack of gradients.
 
     Args:
-        grads: leaves [k, *shape].
+        grads: leaves [k, \*shape].
         lam, mu, num_validation, solver, normalize, nonnegative, groups: as in `bilevel_reweight`.
 
     Returns:
