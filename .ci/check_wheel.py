@@ -2,7 +2,6 @@
 
 import pathlib
 import subprocess
-import sys
 import tempfile
 import venv
 import zipfile

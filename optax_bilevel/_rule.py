@@ -161,13 +161,21 @@ def exact_weights(gram: jax.Array, dots: jax.Array, rule: Rule) -> jax.Array:
     matrix = gram / lam + mu * identity
     diagonal = jnp.sum(matrix * identity, axis=-1)
     scale = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
-    eigenvalues, eigenvectors = jnp.linalg.eigh(matrix * scale[..., :, None] * scale[..., None, :])
+    matrix = matrix * scale[..., :, None] * scale[..., None, :]
+    eigenvalues, eigenvectors = jnp.linalg.eigh(matrix)
     tolerance = 4 * k * jnp.finfo(gram.dtype).eps * jnp.max(eigenvalues, axis=-1, keepdims=True)
     inverse = jnp.where(
         eigenvalues > tolerance, 1 / jnp.where(eigenvalues > tolerance, eigenvalues, 1), 0
     )
-    in_basis = jnp.sum(eigenvectors * (scale * dots)[..., :, None], axis=-2)
-    omega = scale * jnp.sum(eigenvectors * (inverse * in_basis)[..., None, :], axis=-1)
+
+    def solve(right: jax.Array) -> jax.Array:
+        in_basis = jnp.sum(eigenvectors * right[..., :, None], axis=-2)
+        return jnp.sum(eigenvectors * (inverse * in_basis)[..., None, :], axis=-1)
+
+    solution = solve(scale * dots)
+    # One step of refinement: the eigenvectors are good to some ten units of rounding only.
+    residual = scale * dots - jnp.sum(matrix * solution[..., None, :], axis=-1)
+    omega = scale * (solution + solve(residual))
     return jnp.maximum(omega, 0) if rule.nonnegative else omega
 
 

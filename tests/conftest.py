@@ -12,7 +12,7 @@ if _COUNT not in os.environ.get("XLA_FLAGS", ""):
 # The same cases every time: a failure seen once can be run again.
 hypothesis.settings.register_profile(
     "default",
-    max_examples=50,
+    max_examples=24,
     derandomize=True,
     deadline=None,
     database=None,

@@ -105,7 +105,7 @@ class Checkpoints:
         abstract[_CHECKSUM] = np.zeros((), np.uint32)
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                named = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                named = dict(self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
                 if named.pop(_CHECKSUM) != _checksum(named):
                     raise ValueError("its checksum is wrong")
             except Exception as error:  # whatever a damaged file makes Orbax raise
@@ -143,7 +143,7 @@ def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _named(state: PyTree) -> dict[str, jax.Array]:
+def _named(state: PyTree) -> dict[str, Any]:
     """The leaves by the names of their places, in leaf order."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {

@@ -261,7 +261,12 @@ def _loop(
 
             signum = asked_to_stop()
             due = time.monotonic() - last_save >= (options.checkpoint_seconds or math.inf)
-            if step == num_steps or due or signum or (epoch_ends and not options.checkpoint_seconds):
+            if (
+                step == num_steps
+                or due
+                or signum
+                or (epoch_ends and not options.checkpoint_seconds)
+            ):
                 _check_finite(state)
                 checkpoints.save(step, state, wait=signum is not None)
                 last_save = time.monotonic()
@@ -401,7 +406,10 @@ def predict(
     parts = []
     for i, (_, images, valid) in enumerate(data.in_order(split, size)):
         batch_key = jax.random.fold_in(key, i)
-        scores = program.predict(state.params, state.batch_stats, jax.device_put(images), batch_key)
+        images = jax.device_put(images)
+        scores = program.predict(
+            state.params, state.batch_stats, images, batch_key, dropout=dropout
+        )
         parts.append(jax.device_get(scores)[valid])
     return np.concatenate(parts)
 

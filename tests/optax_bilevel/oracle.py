@@ -77,9 +77,7 @@ def reweight(
         weights_bound[group] = np.sum(error)
         update_bound[group] = np.sum((error + np.abs(omega)) * norms[num_validation:])
 
-    update = [
-        np.tensordot(weights[group], x, 1) for x, group in zip(leaves, groups, strict=True)
-    ]
+    update = [np.tensordot(weights[group], x, 1) for x, group in zip(leaves, groups, strict=True)]
     return Answer(weights, update, weights_bound, update_bound)
 
 

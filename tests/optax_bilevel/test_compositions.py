@@ -77,7 +77,9 @@ def test_learning_rate_schedule():
     state = tx.init(params())
     for rate in (1.0, 0.1, 0.1):
         updates, state = tx.update(stack(), state, params())
-        assert_close(updates, jax.tree.map(lambda x, r=rate: np.float32(-r) * x, reweighted(stack())))
+        assert_close(
+            updates, jax.tree.map(lambda x, r=rate: np.float32(-r) * x, reweighted(stack()))
+        )
 
 
 def test_weight_decay_and_clipping_after_it():
@@ -121,7 +123,7 @@ def test_state_fields_are_found():
 # ------------------------------------------------------------------------- inject_hyperparams
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "options",
     [

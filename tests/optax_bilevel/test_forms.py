@@ -26,6 +26,10 @@ from tests.optax_bilevel.problems import (
 K = 8  # one mini-batch per fake device
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def mesh_of(shape, names):
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
 
@@ -149,9 +153,7 @@ def result(form, option):
 QUICK = ("three validation", "per label", "exact")
 
 
-@pytest.mark.parametrize(
-    "option", [o if o in QUICK else pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS]
-)
+@pytest.mark.parametrize("option", [o if o in QUICK else slow(o) for o in OPTIONS])
 def test_every_pair_of_forms_agrees(option):
     exact = OPTIONS[option].get("solver") == "exact"
     left_out = NO_GRAM if exact else () if option == "three validation" else VARIANTS
@@ -162,6 +164,7 @@ def test_every_pair_of_forms_agrees(option):
             assert distance(of_a, of_b) <= 1e-6, (a, b)
 
 
+@pytest.mark.slow
 def test_options_matter():
     """The comparisons above would hold as well if options were ignored everywhere."""
     grads = stacked_gradients(params_of(), batches_of(K))
@@ -189,19 +192,21 @@ def test_multi_steps_over_several_windows():
         updates, state = many.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
+    update_one = jax.jit(one.update)
+    grad = jax.jit(jax.grad(loss))
     params_one = params_many = params
     state_one, state_many = one.init(params), many.init(params)
     for window in range(3):
         batches = batches_of(k, seed=window)
         grads = stacked_gradients(params_one, batches)
-        updates, state_one = one.update(grads, state_one, params_one)
+        updates, state_one = update_one(grads, state_one, params_one)
         before = params_one
         params_one = optax.apply_updates(params_one, updates)
         for i in range(k):
             assert_close(params_many, before, 1e-6)
             assert int(state_many.mini_step) == i
             batch = jax.tree.map(lambda x, i=i: x[i], batches)
-            params_many, state_many = call(jax.grad(loss)(before, batch), state_many, params_many)
+            params_many, state_many = call(grad(before, batch), state_many, params_many)
         assert int(state_many.mini_step) == 0
         assert int(state_many.gradient_step) == window + 1
         assert_close(params_many, params_one, 1e-6)
@@ -213,7 +218,14 @@ def test_multi_steps_over_several_windows():
 
 @pytest.mark.parametrize(
     ("loop", "chunk_size", "num_validation"),
-    [("scan", 1, 1), ("scan", 2, 1), ("scan", 3, 4), ("unroll", 1, 4), ("unroll", 4, 1), (None, 7, 2)],
+    [
+        ("scan", 2, 1),
+        ("unroll", 1, 4),
+        slow("scan", 1, 1),
+        slow("scan", 3, 4),
+        slow("unroll", 4, 1),
+        slow(None, 7, 2),
+    ],
 )
 def test_values_aux_and_order_of_the_stream(loop, chunk_size, num_validation):
     """Losses and aux come back in the mini-batches' order, of any structure and dtype."""
@@ -288,9 +300,7 @@ def test_keys_may_come_back_as_aux(chunk_size):
 
 
 @pytest.mark.parametrize("form", ["scan", "unroll", "multi_steps", "shard_map", "pmap"])
-@pytest.mark.parametrize(
-    "option", [pytest.param("defaults", marks=pytest.mark.slow), "per leaf"]
-)
+@pytest.mark.parametrize("option", [slow("defaults"), "per leaf"])
 def test_forms_agree_on_mixed_dtypes(form, option):
     params, batches = params_of(), batches_of(K)
     params["layer"]["kernel"] = params["layer"]["kernel"].astype(jnp.bfloat16)
@@ -314,15 +324,15 @@ def test_stacks_of_any_make(how):
     params, batches = params_of(), batches_of(K)
     grad = jax.grad(loss)
     if how == "vmap":
-        grads = jax.vmap(grad, in_axes=(None, 0))(params, batches)
+        grads = jax.jit(jax.vmap(grad, in_axes=(None, 0)))(params, batches)
     elif how == "lax.map":
-        grads = jax.lax.map(lambda batch: grad(params, batch), batches)
+        grads = jax.jit(lambda p, b: jax.lax.map(lambda b: grad(p, b), b))(params, batches)
     else:
         grads = jax.pmap(grad, in_axes=(None, 0))(params, batches)
         assert len(jax.tree.leaves(grads)[0].sharding.device_set) == K
     tx = optax_bilevel.bilevel_reweight()
-    for update in (tx.update, jax.jit(tx.update)):
-        assert_close(update(grads, tx.init(params), params)[0], result("scan", "defaults")[0])
+    update, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert_close(update, result("scan", "defaults")[0])
 
 
 # --------------------------------------------------------------- the collective form on many axes
@@ -332,10 +342,10 @@ def test_stacks_of_any_make(how):
     ("shape", "axis", "example_axis", "check_vma"),
     [
         ((4, 2), "k", "e", True),
-        ((2, 4), "k", "e", False),
+        slow((2, 4), "k", "e", False),
         ((2, 2, 2), ("k", "k2"), "e", True),
-        ((2, 2, 2), "k", ("k2", "e"), True),
-        ((2, 4), ("k", "e"), None, True),
+        slow((2, 2, 2), "k", ("k2", "e"), True),
+        slow((2, 4), ("k", "e"), None, True),
     ],
 )
 def test_second_axis(shape, axis, example_axis, check_vma):
@@ -375,3 +385,21 @@ def test_streaming_on_every_device():
     specs = {"in_specs": (P(), P(None, "examples")), "out_specs": P()}
     actual = jax.jit(jax.shard_map(per_device, mesh=mesh, **specs))(params, batches)
     assert_close(actual, stacked(params, batches))
+
+
+def test_streaming_complex_parameters():
+    """A real loss of complex parameters, as jax.grad has it."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(6, 4, 3)) + 1j * rng.normal(size=(6, 4, 3)) for _ in range(2))
+    batches = (jnp.asarray(x, jnp.complex64), jnp.asarray(y[..., 0], jnp.complex64))
+    weights = jnp.asarray([1 + 1j, -1j, 0.5], jnp.complex64)
+
+    def complex_loss(w, batch):
+        off = batch[0] @ w - batch[1]
+        return jnp.mean(jnp.real(off * jnp.conj(off)))
+
+    expected = stacked(weights, batches, complex_loss)
+    (update, omega), (of_stack, omega_of_stack) = stream(weights, batches, complex_loss), expected
+    assert update.dtype == jnp.complex64
+    np.testing.assert_allclose(update, of_stack, rtol=2e-6)
+    np.testing.assert_allclose(omega, omega_of_stack, atol=1e-6)

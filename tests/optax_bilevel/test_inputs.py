@@ -118,7 +118,9 @@ def test_leading_axes_that_differ():
 
 def test_leading_axis_unlike_num_batches():
     tx = optax_bilevel.bilevel_reweight(num_batches=6)
-    message = r"leaf \['b'\]: expected .* k = 6 mini-batches \(from num_batches\), got shape \(4, 5\)"
+    message = (
+        r"leaf \['b'\]: expected .* k = 6 mini-batches \(from num_batches\), got shape \(4, 5\)"
+    )
     with pytest.raises(ValueError, match=message):
         tx.update(stack(), tx.init(None))
 
@@ -189,9 +191,7 @@ FACTORIES = {
     "bilevel_reweight": optax_bilevel.bilevel_reweight,
     "bilevel_weights": functools.partial(optax_bilevel.bilevel_weights, stack()),
     "bilevel_value_and_grad": functools.partial(optax_bilevel.bilevel_value_and_grad, jnp.sum),
-    "bilevel_multi_steps": functools.partial(
-        optax_bilevel.bilevel_multi_steps, optax.sgd(1.0), 4
-    ),
+    "bilevel_multi_steps": functools.partial(optax_bilevel.bilevel_multi_steps, optax.sgd(1.0), 4),
     "bilevel_pmean": functools.partial(optax_bilevel.bilevel_pmean, stack(), "batch"),
 }
 every_factory = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
@@ -201,7 +201,9 @@ every_factory = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTO
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), np.float32(0)])
 @pytest.mark.parametrize(("name", "default"), [("lam", 1.0), ("mu", 0.01)])
 def test_hyper_parameters_out_of_range(factory, name, default, value):
-    message = rf"{name} must be a positive finite number, got {value}; the paper uses {name}={default}"
+    message = (
+        rf"{name} must be a positive finite number, got {value}; the paper uses {name}={default}"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         factory(**{name: value})
 
@@ -217,9 +219,11 @@ def test_num_validation_out_of_range(factory, value):
 def test_unknown_names(factory):
     with pytest.raises(ValueError, match="unknown solver 'cg'; known: diagonal, exact"):
         factory(solver="cg")
-    with pytest.raises(ValueError, match='unknown groups \'layer\'; known: None, "leaf", a pytree'):
+    with pytest.raises(ValueError, match="unknown groups 'layer'; known: None, \"leaf\", a pytree"):
         factory(groups="layer")
-    with pytest.raises(ValueError, match=r"mu is a schedule; .*inject_hyperparams.*\(mu=schedule\)"):
+    with pytest.raises(
+        ValueError, match=r"mu is a schedule; .*inject_hyperparams.*\(mu=schedule\)"
+    ):
         factory(mu=optax.constant_schedule(0.1))
 
 
@@ -232,7 +236,9 @@ def test_unknown_loop_and_chunk_size():
 
 @pytest.mark.parametrize("name", ["bilevel_value_and_grad", "bilevel_multi_steps"])
 def test_exact_where_only_a_stream_exists(name):
-    with pytest.raises(ValueError, match=f"{name} sees one.* use bilevel_reweight or bilevel_pmean"):
+    with pytest.raises(
+        ValueError, match=f"{name} sees one.* use bilevel_reweight or bilevel_pmean"
+    ):
         FACTORIES[name](solver="exact")
 
 

@@ -174,9 +174,7 @@ def test_collective_beside_an_axis_left_to_the_compiler():
     def per_device(grads):
         return optax_bilevel.bilevel_pmean(jax.tree.map(lambda g: g[0], grads), "k")
 
-    mapped = jax.shard_map(
-        per_device, mesh=mesh, in_specs=P("k"), out_specs=P(), axis_names={"k"}
-    )
+    mapped = jax.shard_map(per_device, mesh=mesh, in_specs=P("k"), out_specs=P(), axis_names={"k"})
     placed = {
         "kernel": jax.device_put(grads["kernel"], NamedSharding(mesh, P("k", None, "model"))),
         "bias": jax.device_put(grads["bias"], NamedSharding(mesh, P("k", "model"))),

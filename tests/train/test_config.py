@@ -42,7 +42,9 @@ def test_every_known_choice_is_taken(name):
 def test_the_choices_above_are_all_there_are():
     """A string field that is missing above would escape these tests."""
     kinds = typing.get_type_hints(Config)
-    chosen = {n for n, kind in kinds.items() if kind is str or typing.get_origin(kind) is typing.Literal}
+    chosen = {
+        n for n, kind in kinds.items() if kind is str or typing.get_origin(kind) is typing.Literal
+    }
     assert chosen == set(CHOICES)
 
 

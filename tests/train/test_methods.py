@@ -207,12 +207,15 @@ def test_options_reach_the_rule():
 @pytest.mark.parametrize("method", methods.NAMES)
 def test_every_method_says_how_it_computes(method):
     _, how = methods.make(config(method))
-    assert how == {
-        "sgd": "one gradient over all examples of the step",
-        "uniform": "weights 1/7, as the gradient of the mean training loss",
-        "bilevel": "streaming form (chosen for this method) on cpu",
-        "bilevel_exact": "stacked form (chosen for this method) on cpu",
-    }[method]
+    assert (
+        how
+        == {
+            "sgd": "one gradient over all examples of the step",
+            "uniform": "weights 1/7, as the gradient of the mean training loss",
+            "bilevel": "streaming form (chosen for this method) on cpu",
+            "bilevel_exact": "stacked form (chosen for this method) on cpu",
+        }[method]
+    )
 
 
 def test_a_form_that_was_asked_for_is_not_called_chosen():
@@ -229,7 +232,9 @@ def test_forms_are_for_methods_that_weigh(method, form):
 
 @pytest.mark.parametrize("form", ["streaming", "multi_steps"])
 def test_eq_8_needs_all_gradients(form):
-    with pytest.raises(ValueError, match=f"form {form} sees one gradient at a time.*known: stacked"):
+    with pytest.raises(
+        ValueError, match=f"form {form} sees one gradient at a time.*known: stacked"
+    ):
         config("bilevel_exact", form=form)
 
 

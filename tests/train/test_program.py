@@ -26,9 +26,7 @@ def build(of, **changes):
 
 
 def config(**changes):
-    return tiny.config(
-        **{"schedule": "constant", "momentum": 0.0, "learning_rate": 0.5, **changes}
-    )
+    return tiny.config(**{"schedule": "constant", "momentum": 0.0, "learning_rate": 0.5, **changes})
 
 
 def raw(k=4, b=8, seed=0):
@@ -82,9 +80,7 @@ def mlp_loss(params, images, labels):
     x = images.reshape(len(images), -1)
     x = jnp.maximum(x @ params["hidden/0/kernel"] + params["hidden/0/bias"], 0)
     logits = x @ params["head/kernel"] + params["head/bias"]
-    return jnp.mean(
-        jax.nn.logsumexp(logits, axis=1) - logits[jnp.arange(len(labels)), labels]
-    )
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[jnp.arange(len(labels)), labels])
 
 
 def sgd_gradient(before, batch):
@@ -239,9 +235,7 @@ def test_augmentation_differs_between_steps_and_between_examples():
     program = build(of)
     one = raw(1, 1)
     batch = jax.device_put(RawBatch(*(np.tile(x, (4, 8) + (1,) * (x.ndim - 2)) for x in one)))
-    states = [
-        program.step(start(of)._replace(step=jnp.int32(step)), batch, KEY) for step in (0, 1)
-    ]
+    states = [program.step(start(of)._replace(step=jnp.int32(step)), batch, KEY) for step in (0, 1)]
     losses = [float(state.sums.loss) for state in states]
     assert losses[0] != losses[1]
     # Crops that were the same in all mini-batches would give equal weights, in one column.

@@ -33,7 +33,9 @@ def build(of: Config) -> tuple[trainer.Problem, Program]:
 def raw(problem: trainer.Problem, step: int) -> RawBatch:
     """What the trainer hands to the step function."""
     indices, images = next(
-        iter(data.batches(problem.dataset.train, problem.order, first_step=step, num_steps=step + 1))
+        iter(
+            data.batches(problem.dataset.train, problem.order, first_step=step, num_steps=step + 1)
+        )
     )
     return jax.device_put(
         RawBatch(images, problem.dataset.train.labels[indices], problem.true[indices])

@@ -1,0 +1,341 @@
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train import __main__ as cli
+from train import data, methods, noise, trainer
+from train.config import Config
+from train.run_directory import RunDirectory, read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = [
+    "--train-size", "160", "--hidden", "16", "--k", "4", "--b", "8", "--epochs", "2",
+    "--learning-rate", "0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    """Lines of the terminal do not break in the middle of a message."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def call(*args):
+    """The exit code of a command, whichever way it is given."""
+    try:
+        return cli.main([str(arg) for arg in args])
+    except SystemExit as stopped:
+        return stopped.code
+
+
+def text(capsys):
+    """What was written to either stream, frames of boxes left out, blanks made one."""
+    captured = capsys.readouterr()
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", captured.out + captured.err)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cli") / "run"
+    assert call("run", "--out", directory, *TINY, "--no-tensorboard") == 0
+    return directory
+
+
+# ----------------------------------------------------------------------------------- usage
+
+
+def python(*args, **options):
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, **options,
+    )  # fmt: skip
+
+
+def test_help_names_every_command_and_exit_code():
+    done = python("-m", "train", "--help")
+    assert done.returncode == 0
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in done.stdout
+    for code in ("0 done", "2 a wrong choice", "3 NaN", "4 run directory", "75 (SIGTERM)", "130 "):
+        assert code in done.stdout
+    assert done.stderr == ""
+
+
+def test_an_unknown_command_lists_the_known_ones(capsys):
+    assert call("trian") == 2
+    assert capsys.readouterr().err == (
+        "unknown command 'trian'; known: demo, run, evaluate, relabel, list, models, prepare\n"
+    )
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    assert call(command, "--help") == 0
+    assert f"usage: python -m train {command}" in text(capsys)
+
+
+def test_run_has_a_flag_with_help_for_every_field(capsys):
+    assert call("run", "--help") == 0
+    shown = text(capsys)
+    for name in Config.__dataclass_fields__:
+        flag = name.replace("_", "-")
+        assert re.search(rf"--{flag}[ ,]", shown), flag
+    for phrase in ("mini-batches per step", "added after the reweighting", "label noise: none"):
+        assert phrase in shown
+
+
+def test_without_a_command_it_is_the_demo(capsys):
+    assert call("--help") == 0
+    assert call("--methods", "adam", "--out", "never") == 2
+    assert "unknown method 'adam'; known: sgd, uniform, bilevel, bilevel_exact" in text(capsys)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--k", "1"], "k must be at least 2, got 1"),
+        (["--k", "two"], "Error parsing --k: invalid"),
+        (["--b", "0"], "b must be at least 1, got 0"),
+        (["--noise", "sym"], "unknown noise 'sym'; known: none, symmetric, uniform, pair_flip or"),
+        (["--noise-rate", "2"], "noise_rate must be from 0 to 1, got 2.0"),
+        (["--dataset", "cifar"], f"unknown dataset 'cifar'; known: {', '.join(data.NAMES)}"),
+        (["--method", "adam"], f"unknown method 'adam'; known: {', '.join(methods.NAMES)}"),
+        (["--network", "vgg"], "unknown network 'vgg'; known: alexnet, cifarnet, cifarnet_slim"),
+        (["--augmentation", "x"], "unknown augmentation 'x'; known: none, standardize, cifarnet"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--sampling", "x"], "Expected one of ('stratified', 'random')"),
+        (["--colour", "red"], "unrecognized option"),
+        (["--k", "32", "--b", "100"], "not one step: the data give"),
+        (["--form", "collective", "--k", "4"], "k = 4, but there are 8 devices; take k = 8"),
+        (["--noise", "nowhere.npz"], "nowhere.npz"),
+        (["--augmentation", "inception"], "images of 8x8 are too small"),
+        (["--keep", "0"], "keep must be at least 1 checkpoint, got 0"),
+        (["--resume"], "holds no run: there is no config.json to resume from"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_wrong_choice_is_exit_code_2_and_says_what_is_right(tmp_path, capsys, args, message):
+    assert call("run", "--out", tmp_path / "run", "--hidden", "16", *args) == 2
+    assert message.lower() in text(capsys).lower()
+
+
+def test_hidden_widths_are_for_the_mlp(tmp_path, capsys):
+    assert call("run", "--out", tmp_path / "run", "--hidden", "16", "--network", "cifarnet") == 2
+    assert "hidden is for the network mlp, not cifarnet" in text(capsys)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--dataset", "cifar10"], ["python -m train prepare cifar10"]),
+        (["--dataset", "fashion_mnist"], ["python -m train prepare fashion_mnist"]),
+        (["--dataset", "clothing1m"], ["python -m train prepare clothing1m"]),
+        (["--dataset", "folder"], ["train/CLASS/", "test/CLASS/"]),
+    ],
+    ids=str,
+)
+def test_missing_data_name_the_command_and_leave_nothing_behind(tmp_path, capsys, args, words):
+    out = tmp_path / "run"
+    assert call("run", "--out", out, *args, "--data-dir", tmp_path / "empty") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert all(word in shown for word in words), shown
+    assert "Traceback" not in shown
+    assert not out.exists()
+
+
+# -------------------------------------------------------------------------------- run, resume
+
+
+def test_a_run_says_what_it_does_and_prints_its_result(tmp_path, capsys):
+    assert call("run", "--out", tmp_path, *TINY, "--no-tensorboard") == 0
+    shown = text(capsys)
+    given, true = noise.load(tmp_path / "noise.npz")
+    wrong = f"{100 * (given != true).mean():.1f}% of the training labels wrong (symmetric)"
+    assert f"digits: 160 training and 597 test images, {wrong}; mlp;" in shown
+    assert "k = 4 mini-batches of 8, 2 epochs of 4 steps" in shown
+    assert "bilevel: streaming form (chosen for this method) on cpu" in shown
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert f"test_last {result['test_last']:.2f}" in shown
+    assert not (tmp_path / "tensorboard").exists()
+    written = Config.from_json(json.loads((tmp_path / "config.json").read_text()))
+    assert (written.hidden, written.k, written.epochs) == ((16,), 4, 2)
+
+
+def test_a_finished_run_is_shown_again_and_resume_takes_its_config(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    for args in (TINY, ["--resume"]):
+        assert call("run", "--out", finished, *args, "--no-tensorboard") == 0
+        assert "test_last" in text(capsys)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_in_the_same_directory_is_exit_code_4(finished, capsys):
+    assert call("run", "--out", finished, *TINY, "--seed", "1") == 4
+    assert "holds a run of another config: seed is 0 there and 1 here" in text(capsys)
+
+
+def test_a_second_process_in_the_same_directory_is_exit_code_4(finished):
+    config = Config.from_json(json.loads((finished / "config.json").read_text()))
+    with RunDirectory(finished, config):
+        done = python("-m", "train", "run", "--out", finished, *TINY)
+    assert done.returncode == 4, done.stderr
+    assert "is in use by another process" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_nan_is_exit_code_3(tmp_path, capsys):
+    assert call("run", "--out", tmp_path, *TINY, "--learning-rate", "1e30", "--method", "sgd") == 3
+    assert "error: step 1 left NaN or Inf in the parameters" in text(capsys)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_training_saves_and_has_an_exit_code(
+    tmp_path, capsys, monkeypatch, signum, code
+):
+    advance = trainer.advance
+    done = []
+
+    def then_signal(*args):
+        done.append(None)
+        if len(done) == 3:
+            os.kill(os.getpid(), signum)
+        return advance(*args)
+
+    monkeypatch.setattr(trainer, "advance", then_signal)
+    assert call("run", "--out", tmp_path, *TINY) == code
+    assert f"stopped by {signum.name} at step 3; start again to go on" in text(capsys)
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+    assert call("run", "--out", tmp_path, "--resume") == 0
+    assert len(done) == 8
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_before_the_training_has_the_same_exit_code(tmp_path, monkeypatch, signum, code):
+    before = signal.getsignal(signum)
+    monkeypatch.setattr(trainer, "load_problem", lambda config: os.kill(os.getpid(), signum))
+    assert call("run", "--out", tmp_path / "run", *TINY) == code
+    assert signal.getsignal(signum) == before
+
+
+def test_messages_with_brackets_come_out_whole(capsys, monkeypatch):
+    """rich takes brackets for markup, and a path in them for a closing tag, unless told not to."""
+    message = "cannot read [/some/path]: leaf [k, b], got [3]"
+
+    def warn(args, console):
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn(message, stacklevel=1)
+        console.print(f"prepared: {message}")
+
+    monkeypatch.setitem(cli.COMMANDS, "list", warn)
+    assert call("list") == 0
+    shown = text(capsys)
+    assert f"warning: {message}" in shown
+    assert f"prepared: {message}" in shown
+
+
+# ------------------------------------------------------------------------------ other commands
+
+
+def test_evaluate_agrees_with_the_last_line_of_metrics(finished, capsys):
+    assert call("evaluate", finished) == 0
+    shown = text(capsys)
+    last = read_metrics(finished)[-1]
+    for name in ("test", "train_given", "train_true"):
+        assert f"{name} {last[name]:.2f}" in shown
+    assert f"step {last['step']}" in shown
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["relabel", "--out", "x.npz"]])
+def test_what_is_no_run_is_exit_code_2(tmp_path, capsys, command):
+    assert call(*command, tmp_path) == 2
+    assert "holds no run: there is no config.json" in text(capsys)
+
+
+def test_relabelled_data_serve_another_run(finished, tmp_path, capsys):
+    file = tmp_path / "made.npz"
+    assert call("relabel", finished, "--out", tmp_path / "made.txt") == 2
+    assert "--out must end in .npz" in text(capsys)
+    assert call("relabel", finished, "--out", file) == 0
+    given, true = noise.load(file)
+    wrong = 100 * (given != true).mean()
+    assert f"{wrong:.1f}% of the labels wrong" in text(capsys)
+    assert 100 - wrong == pytest.approx(read_metrics(finished)[-1]["train_true"])
+    args = ["--train-size", "160", "--hidden", "16", "--k", "4", "--epochs", "1", "--method", "sgd"]
+    assert (
+        call("run", "--out", tmp_path / "run", *args, "--noise", file, "--sampling", "random") == 0
+    )
+    np.testing.assert_array_equal(noise.load(tmp_path / "run" / "noise.npz")[0], given)
+
+
+def test_models_lists_parameter_counts_with_commas(capsys):
+    assert call("models") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [[cell for cell in row if cell != "│"] for row in rows]
+    for row in (
+        ["cifarnet", "28×28×3", "10", "1,387,786"],
+        ["cifarnet", "28×28×3", "100", "1,405,156"],
+        ["cifarnet_slim", "32×32×3", "10", "1,756,426"],
+        ["inception", "29×29×3", "10", "1,649,402"],
+        ["preact_resnet18", "32×32×3", "10", "11,171,274"],
+        ["alexnet", "227×227×3", "1,000", "60,965,224"],
+        ["resnet50", "224×224×3", "1,000", "25,557,032"],
+        ["mlp_1x512", "28×28×3", "10", "1,209,866"],
+        ["mlp_3x512", "28×28×3", "10", "1,735,178"],
+    ):
+        assert row in rows
+
+
+def test_list_names_everything_there_is(capsys):
+    assert call("list") == 0
+    shown = text(capsys)
+    for names in (data.NAMES, methods.NAMES, noise.KINDS):
+        assert ", ".join(names) in shown
+    assert "cifarnet_slim" in shown
+    assert "preactresnet" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits", "digits needs no preparing"),
+        ("cifar", "unknown data set 'cifar'; known: mnist, fashion_mnist, cifar10"),
+    ],
+)
+def test_preparing_what_cannot_be_prepared(capsys, name, message):
+    assert call("prepare", name) == 2
+    assert message in text(capsys)
+
+
+# ------------------------------------------------------------------------------ class folders
+
+
+def test_a_folder_of_classes_from_end_to_end(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 8)):
+        for name, level in (("dark", 50), ("light", 200)):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(level + rng.normal(0, 20, (6, 6, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    args = [
+        "--dataset", "folder", "--data-dir", tmp_path / "pictures", "--hidden", "8", "--k", "4",
+        "--b", "2", "--epochs", "4", "--noise-rate", "0.25", "--learning-rate", "0.1",
+    ]  # fmt: skip
+    assert call("run", "--out", tmp_path / "run", *args) == 0
+    shown = text(capsys)
+    assert "folder: 48 training and 16 test images, 25.0% of the training labels wrong" in shown
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_last"] == 100
+    assert (tmp_path / "run" / "tensorboard").is_dir()
