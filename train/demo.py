@@ -52,11 +52,9 @@ class Demo:
         tuple[str, ...],
         Help(help=f"methods to compare, of {', '.join(method_files.NAMES)}", aliases=("--method",)),
     ] = method_files.NAMES
-    seeds: Annotated[tuple[int, ...], Help(help="seeds of each method", aliases=("--seed",))] = (
-        0,
-        1,
-        2,
-    )
+    seeds: Annotated[
+        tuple[int, ...], Help(help="seeds that each method is trained with", aliases=("--seed",))
+    ] = (0, 1, 2)
     out: Annotated[pathlib.Path, Help(help="where the runs, the table and the picture go")] = (
         pathlib.Path("runs/demo")
     )

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import signal
 import time
@@ -260,13 +259,9 @@ def _loop(
                 part_started, part_steps, waited = time.monotonic(), 0, 0.0
 
             signum = asked_to_stop()
-            due = time.monotonic() - last_save >= (options.checkpoint_seconds or math.inf)
-            if (
-                step == num_steps
-                or due
-                or signum
-                or (epoch_ends and not options.checkpoint_seconds)
-            ):
+            interval = options.checkpoint_seconds
+            due = time.monotonic() - last_save >= interval if interval else epoch_ends
+            if due or signum or step == num_steps:
                 _check_finite(state)
                 checkpoints.save(step, state, wait=signum is not None)
                 last_save = time.monotonic()
@@ -328,7 +323,7 @@ def _training_figures(state: State, config: Config) -> dict[str, Any]:
 
 
 def evaluate(program: Program, state: State, problem: Problem) -> dict[str, float]:
-    """Test accuracy (several labels: mean average precision), and accuracy on the training set.
+    """Test accuracy (several labels: mean average precision); accuracy and loss in training.
 
     The training set is measured on its first 5,000 examples, without augmentation and dropout,
     against the given and against the true labels.
@@ -341,6 +336,8 @@ def evaluate(program: Program, state: State, problem: Problem) -> dict[str, floa
         "test": measure(predict(program, state, dataset.test), dataset.test.labels),
         "train_given": measure(scores, train.labels[part]),
         "train_true": measure(scores, problem.true[part]),
+        "train_given_loss": cross_entropy(scores, train.labels[part]),
+        "train_true_loss": cross_entropy(scores, problem.true[part]),
     }
 
 
@@ -422,6 +419,14 @@ def measure(scores: np.ndarray, labels: np.ndarray) -> float:
 
     present = labels.any(axis=0)
     return 100 * float(average_precision_score(labels[:, present], scores[:, present]))
+
+
+def cross_entropy(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The mean loss of scores as `predict` gives them."""
+    if labels.ndim == 1:
+        return -float(np.mean(np.take_along_axis(scores, labels[:, None], axis=1)))
+    chances = np.maximum(np.where(labels == 1, scores, 1 - scores), np.finfo(np.float32).tiny)
+    return -float(np.mean(np.sum(np.log(chances), axis=1)))
 
 
 def summarize(history: list[dict[str, Any]]) -> dict[str, Any]:

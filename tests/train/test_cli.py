@@ -277,6 +277,8 @@ def test_relabelled_data_serve_another_run(finished, tmp_path, capsys):
         call("run", "--out", tmp_path / "run", *args, "--noise", file, "--sampling", "random") == 0
     )
     np.testing.assert_array_equal(noise.load(tmp_path / "run" / "noise.npz")[0], given)
+    (line,) = read_metrics(tmp_path / "run")
+    assert not [name for name in line if name.startswith("omega")]  # SGD weighs nothing
 
 
 def test_models_lists_parameter_counts_with_commas(capsys):

@@ -166,7 +166,11 @@ def test_bilevel_exact_is_eq_8(form):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_validation": 2, "normalize": False}, {"groups": "layer"}],
+    [
+        {},
+        pytest.param({"num_validation": 2, "normalize": False}, marks=pytest.mark.slow),
+        {"groups": "layer"},
+    ],
     ids=str,
 )
 def test_the_forms_agree_with_each_other(changes):

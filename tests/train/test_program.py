@@ -230,6 +230,7 @@ def test_dropout_masks_differ_between_steps():
     assert losses[0] == losses[2] != losses[1]
 
 
+@pytest.mark.slow
 def test_augmentation_differs_between_steps_and_between_examples():
     of = config(augmentation="preactresnet")
     program = build(of)
@@ -276,7 +277,7 @@ def start_normalized(of):
 @pytest.mark.parametrize(
     ("method", "policy", "used"),
     [
-        ("bilevel", "mean", [0, 1, 2, 3]),
+        pytest.param("bilevel", "mean", [0, 1, 2, 3], marks=pytest.mark.slow),
         ("uniform", "mean", [0, 1, 2, 3]),
         ("uniform", "training", [2, 3]),
         ("uniform", "validation", [0, 1]),
@@ -485,6 +486,7 @@ def test_predictions_have_no_dropout_unless_it_is_left_on():
     np.testing.assert_array_equal(predict(0, dropout=True), predict(0, dropout=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_predictions_are_averaged_over_views(multi_label):
     from train import augment

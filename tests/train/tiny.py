@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import data, trainer
+from train import trainer
 from train.config import Config
-from train.program import Program, RawBatch
+from train.program import Program
 
 TIMING = {"images_per_second", "waiting", "seconds"}
 
@@ -28,18 +28,6 @@ def options(**changes: Any) -> trainer.Options:
 def build(of: Config) -> tuple[trainer.Problem, Program]:
     problem = trainer.load_problem(of)
     return problem, trainer.build_program(of, problem)
-
-
-def raw(problem: trainer.Problem, step: int) -> RawBatch:
-    """What the trainer hands to the step function."""
-    indices, images = next(
-        iter(
-            data.batches(problem.dataset.train, problem.order, first_step=step, num_steps=step + 1)
-        )
-    )
-    return jax.device_put(
-        RawBatch(images, problem.dataset.train.labels[indices], problem.true[indices])
-    )
 
 
 def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
