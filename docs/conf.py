@@ -4,8 +4,11 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+# Before jax starts: the pages' code runs on eight fake CPU devices.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+DOCS = pathlib.Path(__file__).parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS)]
 
 import optax_bilevel
 
@@ -20,11 +23,11 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_custom_sections = ["Warns"]
 html_theme = "furo"
+html_title = f"optax_bilevel {version}"
 exclude_patterns = ["_build"]
-doctest_global_setup = """
-import jax, jax.numpy as jnp, optax, optax_bilevel
-"""
+doctest_global_setup = "import jax, jax.numpy as jnp, optax, optax_bilevel"

@@ -91,7 +91,7 @@ def _solve(train, dots, reach, lam, mu):
     matrix = np.real(train.conj() @ train.T) / lam + mu * np.eye(n)
     scale = 1 / np.sqrt(np.diag(matrix))
     scaled = matrix * scale[:, None] * scale[None, :]
-    solution = np.linalg.solve(scaled, scale * dots)
-    inverse_norm = 1 / np.linalg.eigvalsh(scaled)[0] if n else 0.0
+    solution = np.linalg.lstsq(scaled, scale * dots)[0]  # some cases are singular in float64 too
+    inverse_norm = 1 / max(np.linalg.eigvalsh(scaled)[0], 1e-300)
     off = inverse_norm * (n * np.linalg.norm(solution) + np.linalg.norm(scale * reach))
-    return scale * solution, scale * abs(off)
+    return scale * solution, scale * off
