@@ -19,7 +19,7 @@ slow: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 docs: $(VENV)/.dev
 	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html

@@ -92,6 +92,6 @@ def _solve(train, dots, reach, lam, mu):
     scale = 1 / np.sqrt(np.diag(matrix))
     scaled = matrix * scale[:, None] * scale[None, :]
     solution = np.linalg.lstsq(scaled, scale * dots)[0]  # some cases are singular in float64 too
-    inverse_norm = 1 / max(np.linalg.eigvalsh(scaled)[0], 1e-300)
+    inverse_norm = 1 / max(np.linalg.eigvalsh(scaled)[0], 1e-30)
     off = inverse_norm * (n * np.linalg.norm(solution) + np.linalg.norm(scale * reach))
     return scale * solution, scale * off

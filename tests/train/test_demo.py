@@ -209,5 +209,3 @@ def test_bilevel_weighting_beats_the_uniform_control_by_ten_points(tmp_path):
     assert test["bilevel_exact"] >= test["uniform"] + 10
     memorised = {m: row["train_noisy_mean"] for m, row in summary["methods"].items()}
     assert memorised["bilevel"] < memorised["uniform"] - 10
-    seconds = sum(row["seconds_mean"] * 3 for row in summary["methods"].values())
-    assert seconds < 240  # two minutes on two free cores

@@ -264,6 +264,7 @@ def _batch_normalized(monkeypatch):
     def create(name, *, num_classes, input_shape, rngs, dtype, dropout_rate):
         return BatchNormalized(num_classes, input_shape, rngs=rngs)
 
+    initial()  # with the real network
     monkeypatch.setattr(models, "create", create)
     monkeypatch.setattr(program_module, "_build", program_module._build.__wrapped__)
 

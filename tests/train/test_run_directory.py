@@ -1,6 +1,7 @@
 import json
 import re
 import subprocess
+import sys
 
 import jax
 import pytest
@@ -10,7 +11,8 @@ from train.config import Config
 from train.run_directory import RunDirectory, RunDirectoryError, read_metrics, write_json
 
 
-def test_a_new_folder_gets_the_config_and_the_environment(tmp_path):
+def test_a_new_folder_gets_the_config_and_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python", "-m", "train", "run", "--k", "4"])
     config = Config(k=4, hidden=(16,))
     with RunDirectory(tmp_path / "a" / "run", config) as run:
         assert run.path == tmp_path / "a" / "run"
@@ -23,7 +25,7 @@ def test_a_new_folder_gets_the_config_and_the_environment(tmp_path):
     assert entry["packages"]["jax"] == jax.__version__
     assert len(entry["devices"]) == jax.device_count()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", entry["time"])
-    assert "pytest" in " ".join(entry["command"])
+    assert entry["command"] == ["python", "-m", "train", "run", "--k", "4"]
 
 
 def test_every_start_adds_an_entry(tmp_path):
