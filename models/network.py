@@ -58,7 +58,7 @@ class Network(nnx.Module):
         """Computes the logits.
 
         Args:
-            x: images, [batch, *input_shape], of any dtype; computed in the network's `dtype`.
+            x: images, ``[batch, *input_shape]``, of any dtype; computed in the network's `dtype`.
             rngs: source of the dropout masks, one stream drawn from per dropout layer;
                 needed only in training mode and with a dropout rate above 0.
 

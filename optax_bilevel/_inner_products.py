@@ -197,7 +197,7 @@ def check_groups(groups: Groups) -> None:
     if isinstance(groups, str) and groups != "leaf":
         raise ValueError(
             f'unknown groups {groups!r}; known: None, "leaf", a pytree of labels, or a callable '
-            "that makes one"
+            'that makes one (which optax.inject_hyperparams leaves alone with static_args="groups")'
         )
     if isinstance(groups, jax.Array):
         raise ValueError(

@@ -25,6 +25,9 @@ class Config:
     data_dir: Annotated[
         str | None, Help(help="where the data are, if not in the default place")
     ] = None
+    image_size: Annotated[
+        int | None, Help(help="side in pixels that images of different sizes are brought to")
+    ] = None
     train_size: Annotated[int | None, Help(help="train on this many examples, a fixed choice")] = (
         None
     )
@@ -66,7 +69,7 @@ class Config:
 
     noise: Annotated[
         str, Help(help="label noise: none, symmetric, uniform, pair_flip, or an .npz file")
-    ] = "symmetric"
+    ] = "none"
     noise_rate: Annotated[float, Help(help="share of the training labels it touches")] = 0.5
     pixels: Annotated[
         Literal["natural", "random", "shuffled"],
@@ -113,7 +116,7 @@ class Config:
         for name, low, high in (
             ("k", 2, None), ("b", 1, None), ("epochs", 1, None), ("seed", 0, None),
             ("noise_rate", 0, 1), ("validation_ratio", 0, 0.9), ("momentum", 0, 1),
-            ("train_size", 1, None), ("weight_decay", 0, None),
+            ("train_size", 1, None), ("image_size", 1, None), ("weight_decay", 0, None),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= (math.inf if high is None else high):

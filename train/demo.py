@@ -45,7 +45,12 @@ class Demo:
 
     config: tyro.conf.OmitArgPrefixes[Shared] = dataclasses.field(
         default_factory=lambda: Shared(
-            k=32, b=2, hidden=(256, 256), augmentation="standardize", decay=0.98
+            k=32,
+            b=2,
+            noise="symmetric",
+            hidden=(256, 256),
+            augmentation="standardize",
+            decay=0.98,
         )
     )
     methods: Annotated[

@@ -281,7 +281,7 @@ def multi_label(labels: np.ndarray, k: int, b: int, *, seed: int) -> Sampler:
 def label_distance(labels: np.ndarray, indices: np.ndarray) -> float:
     """How far the labels of the training mini-batches are from those of the validation one.
 
-    The mean, over all steps and all j ≥ 1, of Σ_c |n_jc - n_0c| / Σ_c (n_jc + n_0c), where n_jc
+    The mean, over all steps and all j ≥ 1, of ``Σ_c |n_jc - n_0c| / Σ_c (n_jc + n_0c)``, where n_jc
     counts the examples of class c in mini-batch j. It is 0 exactly if the label multisets are
     identical and 1 if no class is shared; with one label per example it is the total variation
     distance of the two label distributions.

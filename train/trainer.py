@@ -76,8 +76,8 @@ class Options:
 
 
 @functools.lru_cache(maxsize=2)
-def _dataset(name: str, data_dir: str | None) -> data.Dataset:
-    return data.load(name, data_dir)
+def _dataset(name: str, data_dir: str | None, image_size: int | None) -> data.Dataset:
+    return data.load(name, data_dir, image_size=image_size)
 
 
 def load_problem(config: Config) -> Problem:
@@ -87,7 +87,7 @@ def load_problem(config: Config) -> Problem:
         DataNotFoundError: if the data are not there.
         ValueError: if the choices do not fit the data.
     """
-    dataset = _dataset(config.dataset, config.data_dir)
+    dataset = _dataset(config.dataset, config.data_dir, config.image_size)
     train = dataset.train
     if config.train_size is not None and config.train_size < len(train):
         rng = np.random.default_rng([_SUBSET, config.train_size])  # the same for all seeds

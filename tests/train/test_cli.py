@@ -18,7 +18,7 @@ from train.run_directory import RunDirectory, read_metrics
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = [
     "--train-size", "160", "--hidden", "16", "--k", "4", "--b", "8", "--epochs", "2",
-    "--learning-rate", "0.1",
+    "--learning-rate", "0.1", "--noise", "symmetric",
 ]  # fmt: skip
 
 
@@ -334,7 +334,8 @@ def test_a_folder_of_classes_from_end_to_end(tmp_path, capsys):
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     args = [
         "--dataset", "folder", "--data-dir", tmp_path / "pictures", "--hidden", "8", "--k", "4",
-        "--b", "2", "--epochs", "4", "--noise-rate", "0.25", "--learning-rate", "0.1",
+        "--b", "2", "--epochs", "4", "--noise", "symmetric",
+        "--noise-rate", "0.25", "--learning-rate", "0.1",
     ]  # fmt: skip
     assert call("run", "--out", tmp_path / "run", *args) == 0
     shown = text(capsys)

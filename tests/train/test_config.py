@@ -103,8 +103,9 @@ def test_values_at_the_ends_of_their_ranges_are_taken():
 
 # Something else than the default in every field; what must go with it comes after.
 OTHER = {
-    "dataset": "mnist", "data_dir": "somewhere", "train_size": 7, "network": "cifarnet",
-    "hidden": (3, 4), "augmentation": "inception", "method": "uniform", "k": 9, "b": 9,
+    "dataset": "mnist", "data_dir": "somewhere", "image_size": 9, "train_size": 7,
+    "network": "cifarnet", "hidden": (3, 4), "augmentation": "inception", "method": "uniform",
+    "k": 9, "b": 9,
     "lam": 2.0, "mu": 0.02, "num_validation": 2, "normalize": False, "nonnegative": True,
     "groups": "leaf", "form": "stacked", "sampling": "random", "validation_ratio": 0.1,
     "noise": "uniform", "noise_rate": 0.4, "pixels": "random", "epochs": 101,

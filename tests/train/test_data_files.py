@@ -138,7 +138,7 @@ def test_large_folders_stay_on_disk(tmp_path, monkeypatch):
 def test_folder_of_different_sizes(tmp_path):
     write_images(tmp_path)
     Image.new("RGB", (9, 4)).save(tmp_path / "train" / "cat" / "7.png")
-    with pytest.raises(ValueError, match=r"7\.png is 4x9 .*0\.png 4x6: give an image_size"):
+    with pytest.raises(ValueError, match=r"7\.png is 4x9 .*0\.png 4x6: give --image-size N"):
         data.load("folder", tmp_path)
     assert data.load("folder", tmp_path, image_size=4).train.images.shape == (6, 4, 4, 3)
 

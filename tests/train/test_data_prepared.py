@@ -170,7 +170,7 @@ def test_absent_data_name_the_command(name, tmp_path):
         data.load(name, tmp_path)
     message = str(caught.value)
     assert f"{name} is not prepared in {tmp_path}" in message
-    assert f"python -m train prepare {name} --archives" in message
+    assert f"python -m train prepare {name} --data-dir {tmp_path} --archives" in message
     for archive in prepared.RECIPES[name].archives:
         assert archive in message
     assert ("downloads it" in message) == (

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 from tests.train import tiny
 from train import data, noise, sampler, trainer
@@ -385,6 +386,22 @@ def test_a_subset_is_the_same_for_all_seeds():
     assert all((everything == image).all((1, 2, 3)).any() for image in images[0])
 
 
+def test_the_side_of_images_is_a_choice(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for side in (9, 12):
+            Image.new("L", (side, side)).save(tmp_path / split / "a" / f"{side}.png")
+    choices = {"dataset": "folder", "data_dir": str(tmp_path), "k": 2, "b": 1, "sampling": "random"}
+    with pytest.raises(ValueError, match="give --image-size N"):
+        trainer.load_problem(Config(**choices))
+    assert trainer.load_problem(Config(**choices, image_size=8)).dataset.image_shape == (8, 8, 1)
+
+
+def test_labels_stay_as_they_are_unless_noise_is_asked_for():
+    problem = trainer.load_problem(Config())
+    np.testing.assert_array_equal(problem.dataset.train.labels, problem.true)
+
+
 def test_a_subset_larger_than_the_set_is_refused():
     with pytest.raises(ConfigError, match="train_size is 1201, and digits has 1200 examples"):
         trainer.load_problem(tiny.config(train_size=1201))
@@ -525,7 +542,7 @@ def multi_label(monkeypatch):
         "stripes", make(96, 0), make(64, 1), 4, tuple("abcd"), (4, 4, 1), multi_label=True
     )
     trainer._dataset.cache_clear()
-    monkeypatch.setattr(data, "load", lambda name, data_dir: dataset)
+    monkeypatch.setattr(data, "load", lambda name, data_dir, image_size: dataset)
     yield dataset
     trainer._dataset.cache_clear()
 
@@ -553,7 +570,7 @@ def test_several_labels_from_end_to_end(multi_label, tmp_path):
 def test_what_is_for_one_label_is_refused_for_several(multi_label, tmp_path):
     base = {"dataset": "voc/2007", "hidden": (16,), "k": 4, "b": 8}
     with pytest.raises(ConfigError, match="noise symmetric is for one label per example"):
-        trainer.load_problem(Config(**base))
+        trainer.load_problem(Config(**base, noise="symmetric"))
     with pytest.raises(ConfigError, match="validation_ratio is for one label per example"):
         trainer.load_problem(Config(**base, noise="none", validation_ratio=0.1))
     config = Config(**base, noise="none", epochs=12, learning_rate=0.1)

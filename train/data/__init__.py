@@ -48,16 +48,17 @@ def load(
 ) -> Dataset:
     """Loads a data set.
 
-    | name | images | train / test | from |
-    |---|---|---|---|
-    | digits | 8x8x1, to 16 | 1,200 / 597 | scikit-learn, nothing to prepare |
-    | mnist, fashion_mnist | 28x28x1 | 60,000 / 10,000 | prepared, or a folder of IDX files |
-    | cifar10, cifar100 | 32x32x3 | 50,000 / 10,000 | prepared |
-    | imagenet2012 | 256x256x3 | 1,281,167 / 50,000 (its validation set) | prepared |
-    | voc/2007 | 384x384x3 | 5,011 (train and validation) / 4,952, several labels | prepared |
-    | clothing1m | 256x256x3 | noisy 1,000,000 / clean test 10,526 | prepared |
-    | clothing1m/clean | 256x256x3 | clean 47,570 / clean test 10,526 | prepared |
-    | folder | any | FOLDER/train/CLASS/, FOLDER/test/CLASS/ | image files |
+    ::
+
+        name                  images      train / test
+        digits                8x8x1       1,200 / 597; scikit-learn's, nothing to prepare
+        mnist, fashion_mnist  28x28x1     60,000 / 10,000; prepared, or a folder of IDX files
+        cifar10, cifar100     32x32x3     50,000 / 10,000
+        imagenet2012          256x256x3   1,281,167 / 50,000 (its validation set)
+        voc/2007              384x384x3   5,011 (train and validation) / 4,952, several labels
+        clothing1m            256x256x3   noisy 1,000,000 / clean test 10,526
+        clothing1m/clean      256x256x3   clean 47,570 / clean test 10,526
+        folder                any         FOLDER/train/CLASS/*.png, FOLDER/test/CLASS/*.png
 
     Images of ImageNet and Clothing1M are scaled to 256 along the shorter side and cropped to the
     central square; the crops that training takes are made from that. Those of VOC are scaled to a

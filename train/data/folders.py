@@ -119,7 +119,8 @@ def _common_size(paths: list[pathlib.Path]) -> tuple[int, int]:
         if size != common:
             raise ValueError(
                 f"{path} is {size[0]}x{size[1]} (height x width), {paths[0]} {common[0]}x"
-                f"{common[1]}: give an image_size to scale and crop all images to"
+                f"{common[1]}: give --image-size N (image_size) to scale and crop all images to "
+                "N x N"
             )
     assert common is not None
     return common

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import os
 import pathlib
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,7 +114,9 @@ def load(name: str, data_dir: pathlib.Path | None, image_size: int | None = None
         raise ValueError(f"the images of {name} all have one size: image_size does not apply")
     builder = _builder(recipe, data_dir)
     if not builder.data_path.exists():
-        raise DataNotFoundError(f"{name} is not prepared in {builder.data_path}. {remedy(name)}")
+        raise DataNotFoundError(
+            f"{name} is not prepared in {builder.data_path}. {remedy(name, data_dir)}"
+        )
     directory = pathlib.Path(builder.data_path)
     feature = builder.info.features[recipe.label]
     multi_label = recipe.label == "labels"
@@ -174,11 +177,13 @@ def prepare(
             f"preparing {name} needs TensorFlow (training does not): pip install -e '.[prepare]'"
         )
     if archives is None and not recipe.downloads:
-        raise DataNotFoundError(f"{name} cannot be downloaded by program. {remedy(name)}")
+        raise DataNotFoundError(f"{name} cannot be downloaded by program. {remedy(name, data_dir)}")
     if archives is not None:
         missing = [file for file in recipe.archives if not (archives / file).exists()]
         if missing:
-            raise DataNotFoundError(f"{archives} lacks {', '.join(missing)}. {remedy(name)}")
+            raise DataNotFoundError(
+                f"{archives} lacks {', '.join(missing)}. {remedy(name, data_dir)}"
+            )
     import requests
 
     builder = _builder(recipe, data_dir)
@@ -187,25 +192,27 @@ def prepare(
         builder.download_and_prepare(download_config=config)
     except requests.RequestException as error:
         raise DataNotFoundError(
-            f"{name} could not be downloaded: {error}. {remedy(name)}"
+            f"{name} could not be downloaded: {error}. {remedy(name, data_dir)}"
         ) from error
     load(name, data_dir)  # writes what `_kept` keeps, which takes long for large data sets
     return pathlib.Path(builder.data_path)
 
 
-def command(name: str) -> str:
-    """The command that prepares a data set."""
-    return f"python -m train prepare {name}"
+def command(name: str, data_dir: str | pathlib.Path | None) -> str:
+    """The command that prepares a data set in a data folder."""
+    where = "" if data_dir is None else f" --data-dir {shlex.quote(str(data_dir))}"
+    return f"python -m train prepare {name}{where}"
 
 
-def remedy(name: str) -> str:
+def remedy(name: str, data_dir: pathlib.Path | None) -> str:
     """What to do if a data set is missing."""
     recipe = RECIPES[name]
     files = ", ".join(recipe.archives)
-    archives = f"put {files} into a folder ARCHIVES and run: {command(name)} --archives ARCHIVES"
+    prepare = command(name, data_dir)
+    archives = f"put {files} into a folder ARCHIVES and run: {prepare} --archives ARCHIVES"
     if not recipe.downloads:
         return f"Get the archives from their publisher, {archives}"
-    return f"Run: {command(name)} (downloads it); or {archives}"
+    return f"Run: {prepare} (downloads it); or {archives}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +277,7 @@ def _builder(recipe: Recipe, data_dir: pathlib.Path | None) -> Any:
         raise DataNotFoundError(
             f"{recipe.builder} is prepared in {data_dir or 'the default data folder'}, but not as "
             "array_record, which random access needs. Prepare it in another data folder: "
-            f"{command(recipe.builder)} --data-dir DIR"
+            f"{command(recipe.builder, 'DIR')}"
         ) from error
 
 
