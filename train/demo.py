@@ -56,7 +56,7 @@ class Demo:
     methods: Annotated[
         tuple[str, ...],
         Help(help=f"methods to compare, of {', '.join(method_files.NAMES)}", aliases=("--method",)),
-    ] = method_files.NAMES
+    ] = ("sgd", "uniform", "bilevel", "bilevel_exact")
     seeds: Annotated[
         tuple[int, ...], Help(help="seeds that each method is trained with", aliases=("--seed",))
     ] = (0, 1, 2)

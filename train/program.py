@@ -61,6 +61,7 @@ class State(NamedTuple):
         params: the network's parameters.
         batch_stats: running averages of batch norm, empty for networks without.
         opt_state: state of the optimizer.
+        method: state of the method, empty for most.
         sums: of the epoch at hand.
         failed: the first step that left a NaN or an Inf in the parameters or the running averages,
             or had no finite loss, int32 []; -1 while there is none.
@@ -70,6 +71,7 @@ class State(NamedTuple):
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
+    method: PyTree
     sums: Sums
     failed: jax.Array
 
@@ -168,7 +170,7 @@ def _build(
     steps_per_epoch: int,
 ) -> Program:
     preset = augment.preset(config.augmentation, image_shape, max_value)
-    method, how = methods.make(config)
+    method = methods.make(config, methods.Task(num_classes, multi_label, steps_per_epoch))
     tx = optimizer(config, steps_per_epoch)
 
     def create(key: jax.Array) -> models.Network:
@@ -183,7 +185,7 @@ def _build(
             **options,
         )
 
-    graph = nnx.graphdef(nnx.eval_shape(lambda: create(jax.random.key(0))))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: method.network(create(jax.random.key(0)))))
 
     @jax.jit
     def start(key: jax.Array) -> State:
@@ -198,20 +200,16 @@ def _build(
         return state_of(model)
 
     def state_of(model: models.Network) -> State:
-        _, params, batch_stats = nnx.split(model, nnx.Param, ...)
+        _, params, batch_stats = nnx.split(method.network(model), nnx.Param, ...)
         return State(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=batch_stats,
             opt_state=tx.init(params),
+            method=method.init(params),
             sums=Sums.zeros(),
             failed=jnp.full((), -1, jnp.int32),
         )
-
-    def example_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        if multi_label:
-            return jnp.sum(optax.losses.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     def step(state: State, raw: RawBatch, key: jax.Array) -> State:
         k, b = raw.labels.shape[:2]
@@ -222,27 +220,31 @@ def _build(
         else:
             keys = jax.random.split(dropout_key, k)
 
-        def loss_fn(params: PyTree, batch: methods.Batch) -> tuple[jax.Array, Any]:
+        def loss_fn(
+            params: PyTree, batch: methods.Batch, criterion: Any = methods.cross_entropy
+        ) -> tuple[jax.Array, methods.Aux]:
             model = nnx.merge(graph, params, state.batch_stats, copy=True)
             model.train()
             logits = model(batch.images, rngs=nnx.Rngs(batch.key))
-            loss = jnp.mean(example_losses(logits, batch.labels))
-            return loss, (logits, nnx.state(model, nnx.BatchStat))
+            loss = jnp.mean(criterion(logits, batch.labels))
+            return loss, methods.Aux(logits, nnx.state(model, nnx.BatchStat))
 
         batches = methods.Batch(images, raw.labels, keys)
-        losses, (logits, new_stats), grads, weights = method(loss_fn, state.params, batches)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        done = method.gradient(loss_fn, state.params, batches, state.method)
+        updates, opt_state = tx.update(done.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         batch_stats = jax.tree.map(
-            lambda x: _merge_stats(x, config.batch_statistics, config.num_validation), new_stats
+            lambda x: _merge_stats(x, config.batch_statistics, config.num_validation),
+            done.aux.batch_stats,
         )
         return State(
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            sums=_add_step(state.sums, raw, losses, logits, weights, config.num_validation),
-            failed=_first_failure(state, losses, (params, batch_stats)),
+            method=done.state,
+            sums=_add_step(state.sums, raw, done, config.num_validation),
+            failed=_first_failure(state, done.losses, (params, batch_stats)),
         )
 
     def predict(
@@ -275,7 +277,7 @@ def _build(
         step=jax.jit(step, donate_argnums=0),
         predict=jax.jit(predict, static_argnames="dropout"),
         new_epoch=jax.jit(new_epoch, donate_argnums=0),
-        how=how,
+        how=method.how,
     )
 
 
@@ -295,16 +297,10 @@ def _first_failure(state: State, losses: jax.Array, new: PyTree) -> jax.Array:
     return jnp.where((state.failed >= 0) | ok, state.failed, state.step)
 
 
-def _add_step(
-    sums: Sums,
-    raw: RawBatch,
-    losses: jax.Array,
-    logits: jax.Array,
-    weights: jax.Array | None,
-    num_validation: int,
-) -> Sums:
+def _add_step(sums: Sums, raw: RawBatch, done: methods.Gradient, num_validation: int) -> Sums:
     k, b = raw.labels.shape[:2]
-    logits = logits.reshape(k * b, -1)
+    losses, weights = done.losses, done.weights
+    logits = done.aux.logits.reshape(k * b, -1)
     finite = jnp.isfinite(losses)
 
     def correct(labels: jax.Array) -> jax.Array:

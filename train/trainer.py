@@ -245,7 +245,7 @@ def _loop(
                 line = {
                     "epoch": step // steps_per_epoch,
                     "step": step,
-                    **_training_figures(state, config),
+                    **_training_figures(state),
                     **evaluate(program, state, problem),
                     "images_per_second": part_steps * config.k * config.b / (now - part_started),
                     "waiting": waited / (now - part_started),
@@ -297,7 +297,7 @@ def _check_finite(state: State) -> None:
         )
 
 
-def _training_figures(state: State, config: Config) -> dict[str, Any]:
+def _training_figures(state: State) -> dict[str, Any]:
     """Figures of the epoch's steps, in training mode (augmentation, dropout, batch statistics)."""
     sums = jax.tree.map(np.asarray, jax.device_get(state.sums))
     figures = {
@@ -306,9 +306,9 @@ def _training_figures(state: State, config: Config) -> dict[str, Any]:
         "running_true": float(sums.true / sums.examples),
         "not_finite": int(sums.dropped),
     }
-    if config.method == "sgd":
-        return figures
     counts = sums.omega.sum(1)
+    if not counts.any():  # a method that weighs nothing
+        return figures
     return {
         **figures,
         "omega_negative": float(sums.negative / sums.steps),

@@ -9,9 +9,11 @@ import pytest
 
 from train import methods
 from train.config import Config
-from train.methods import Batch
+from train.methods import Aux, Batch, Task
 
 K, B, CLASSES = 8, 4, 3
+
+TASK = Task(num_classes=CLASSES, multi_label=False, steps_per_epoch=10)
 
 FORMS = ("streaming", "stacked", "multi_steps", "collective")
 
@@ -40,12 +42,11 @@ def make_batches(k=K):
     return Batch(images, labels, jax.random.split(jax.random.key(2), k))
 
 
-def loss_fn(params, batch):
+def loss_fn(params, batch, criterion=methods.cross_entropy):
     x = batch.images.reshape(len(batch.images), -1)
     x = jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"])
     logits = x @ params["head"]["kernel"] + params["head"]["bias"]
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[:, None], axis=1)
-    return -jnp.mean(picked), {"logits": logits}
+    return jnp.mean(criterion(logits, batch.labels)), Aux(logits, ())
 
 
 PARAMS = make_params()
@@ -67,8 +68,9 @@ def gradients(batches):
 
 @functools.cache
 def run(of):
-    method, _ = methods.make(of)
-    return jax.jit(lambda *arrays: method(loss_fn, *arrays))(PARAMS, make_batches(of.k))
+    method = methods.make(of, TASK)
+    gradient = jax.jit(lambda *arrays: method.gradient(loss_fn, *arrays))
+    return gradient(PARAMS, make_batches(of.k), method.init(PARAMS))
 
 
 def by_name(grads):
@@ -127,7 +129,7 @@ def test_sgd_descends_the_mean_over_all_examples():
     assert result.weights is None
     losses = [loss_fn(PARAMS, jax.tree.map(lambda x, i=i: x[i], batches))[0] for i in range(K)]
     np.testing.assert_allclose(result.losses, [np.mean(losses)], rtol=1e-6)
-    assert result.aux["logits"].shape == (1, K * B, CLASSES)
+    assert result.aux.logits.shape == (1, K * B, CLASSES)
 
 
 @pytest.mark.parametrize("num_validation", [1, 3])
@@ -187,7 +189,7 @@ def test_the_forms_agree_with_each_other(changes):
         )
         np.testing.assert_allclose(result.losses, reference.losses, rtol=1e-6, err_msg=form)
         np.testing.assert_allclose(
-            result.aux["logits"], reference.aux["logits"], rtol=1e-5, atol=1e-6, err_msg=form
+            result.aux.logits, reference.aux.logits, rtol=1e-5, atol=1e-6, err_msg=form
         )
 
 
@@ -210,9 +212,8 @@ def test_options_reach_the_rule():
 
 @pytest.mark.parametrize("method", methods.NAMES)
 def test_every_method_says_how_it_computes(method):
-    _, how = methods.make(config(method))
     assert (
-        how
+        methods.make(config(method), TASK).how
         == {
             "sgd": "one gradient over all examples of the step",
             "uniform": "weights 1/7, as the gradient of the mean training loss",
@@ -223,7 +224,7 @@ def test_every_method_says_how_it_computes(method):
 
 
 def test_a_form_that_was_asked_for_is_not_called_chosen():
-    assert methods.make(config(form="multi_steps"))[1] == "multi_steps form on cpu"
+    assert methods.make(config(form="multi_steps"), TASK).how == "multi_steps form on cpu"
 
 
 @pytest.mark.parametrize("method", ["sgd", "uniform"])
@@ -245,4 +246,4 @@ def test_eq_8_needs_all_gradients(form):
 def test_the_collective_form_needs_a_device_per_mini_batch():
     assert jax.device_count() == 8, "tests/conftest.py asks for 8 CPU devices"
     with pytest.raises(ValueError, match="k = 4, but there are 8 devices; take k = 8 or another"):
-        methods.make(config(k=4, form="collective"))
+        methods.make(config(k=4, form="collective"), TASK)

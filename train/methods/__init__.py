@@ -1,16 +1,28 @@
 """How the k mini-batches of a step become one gradient: one method a file, one interface.
 
-A method is a function ``(loss_fn, params, batches) -> Gradient``; its module makes it from the
-config (`make`). ``loss_fn(params, batch) -> (loss, aux)`` sees one mini-batch; leaves of `batches`
-lead with [k, b], but for the mini-batches' random keys [k].
+A module makes its `Method` from the config and the `Task`: a pure function from the parameters,
+the k mini-batches and the method's own state to a `Gradient`. The loss function that it gets sees
+one mini-batch. What changes the loss, the labels or the images wraps the loss function; what
+weighs mini-batches decides how it is called; so the two combine.
 """
 
 from typing import Any
 
 from train.methods import bilevel, sgd, uniform
-from train.methods.types import Batch, Gradient, LossFn, Method
+from train.methods.types import Aux, Batch, Gradient, LossFn, Method, Task, cross_entropy
 
-__all__ = ["NAMES", "Batch", "Gradient", "LossFn", "Method", "check_form", "make"]
+__all__ = [
+    "NAMES",
+    "Aux",
+    "Batch",
+    "Gradient",
+    "LossFn",
+    "Method",
+    "Task",
+    "check_form",
+    "cross_entropy",
+    "make",
+]
 
 _MAKERS = {
     "sgd": sgd.make,
@@ -23,9 +35,9 @@ NAMES = tuple(_MAKERS)
 """The names that `make` knows."""
 
 
-def make(config: Any) -> tuple[Method, str]:
-    """Makes the method that a config names; returns it with a line that says how it computes."""
-    return _MAKERS[config.method](config)
+def make(config: Any, task: Task) -> Method:
+    """Makes the method that a config names."""
+    return _MAKERS[config.method](config, task)
 
 
 def check_form(method: str, form: str) -> None:

@@ -8,19 +8,20 @@ from typing import Any
 
 import jax
 
-from train.methods.types import Batch, Gradient, LossFn, Method, PyTree
+from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
 
 
-def make(config: Any) -> tuple[Method, str]:
+def make(config: Any, task: Task) -> Method:
     """SGD needs nothing from the config."""
-    del config
+    del config, task
+    return Method(gradient, "one gradient over all examples of the step")
 
-    def gradient(loss_fn: LossFn, params: PyTree, batches: Batch) -> Gradient:
-        images, labels, key = batches
-        whole = Batch(
-            images.reshape(-1, *images.shape[2:]), labels.reshape(-1, *labels.shape[2:]), key[0]
-        )
-        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, whole)
-        return Gradient(loss[None], jax.tree.map(lambda x: x[None], aux), grads, None)
 
-    return gradient, "one gradient over all examples of the step"
+def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree = ()) -> Gradient:
+    """One gradient of the loss of all examples of the step; `state` stays as it is."""
+    images, labels, key = batches
+    whole = Batch(
+        images.reshape(-1, *images.shape[2:]), labels.reshape(-1, *labels.shape[2:]), key[0]
+    )
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, whole)
+    return Gradient(loss[None], jax.tree.map(lambda x: x[None], aux), grads, None, state)

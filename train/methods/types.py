@@ -1,9 +1,14 @@
 """The interface of a method."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import optax
+
+import models
 
 PyTree = Any
 
@@ -14,7 +19,7 @@ class Batch(NamedTuple):
     Attributes:
         images: float32 [b, h, w, c], augmented.
         labels: the given labels, int32 [b], or [b, classes] of 0 and 1.
-        key: the random key of the mini-batch's dropout, [].
+        key: the random key of the mini-batch's dropout, and of what a method draws, [].
     """
 
     images: jax.Array
@@ -22,7 +27,59 @@ class Batch(NamedTuple):
     key: jax.Array
 
 
-LossFn = Callable[[PyTree, Batch], tuple[jax.Array, Any]]
+class Task(NamedTuple):
+    """What a method may need to know of the run beside its config.
+
+    Attributes:
+        num_classes: of the labels.
+        multi_label: whether an example can have several labels.
+        steps_per_epoch: number of steps.
+    """
+
+    num_classes: int
+    multi_label: bool
+    steps_per_epoch: int
+
+
+class Aux(NamedTuple):
+    """What the network makes of a mini-batch, beside its loss.
+
+    Attributes:
+        logits: float32 [b, classes].
+        batch_stats: the running averages, updated by this mini-batch.
+    """
+
+    logits: jax.Array
+    batch_stats: PyTree
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The loss of each example, [b].
+
+    Args:
+        logits: float32 [b, classes].
+        labels: int32 [b]; or [b, classes] of 0 and 1, whose binary cross-entropies are summed.
+    """
+    if labels.ndim == logits.ndim:
+        losses = optax.losses.sigmoid_binary_cross_entropy(logits, labels)
+        return jnp.sum(losses, axis=-1)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+class LossFn(Protocol):
+    """The mean loss of one mini-batch; what a method that changes the loss wraps.
+
+    ``criterion(logits, labels) -> [b]`` is the loss of each example.
+    """
+
+    def __call__(
+        self,
+        params: PyTree,
+        batch: Batch,
+        criterion: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+    ) -> tuple[jax.Array, Aux]:
+        """The loss, [], and what came of the mini-batch beside it."""
+        ...
 
 
 class Gradient(NamedTuple):
@@ -30,15 +87,38 @@ class Gradient(NamedTuple):
 
     Attributes:
         losses: of each mini-batch, [k] (SGD: [1]).
-        aux: what the loss function returns beside the loss, leaves [k, ...] (SGD: [1, ...]).
+        aux: an `Aux` of each mini-batch, leaves [k, ...] (SGD: [1, ...]).
         grads: the gradient to descend, like the parameters.
         weights: ω̂ [k], 0 in validation slots; None where nothing is weighed.
+        state: the method's state after the step, of the same structure, shapes and dtypes.
     """
 
     losses: jax.Array
     aux: Any
     grads: PyTree
     weights: jax.Array | None
+    state: PyTree = ()
 
 
-Method = Callable[[LossFn, PyTree, Batch], Gradient]
+GradientFn = Callable[[LossFn, PyTree, Batch, PyTree], Gradient]
+"""``(loss_fn, params, batches, state) -> Gradient``, a pure function; see `Method`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method, made for a run.
+
+    Attributes:
+        gradient: ``(loss_fn, params, batches, state) -> Gradient``, a pure function. Leaves of
+            `batches` lead with [k, b], but for the mini-batches' random keys [k].
+        how: a line that says how it computes.
+        init: ``params -> state``; what a method without a state of its own leaves out. The state
+            is a part of the checkpoint.
+        network: wraps the network, for a method that trains parameters of its own; they are the
+            optimizer's like the others. Evaluation sees the wrapper in evaluation mode.
+    """
+
+    gradient: GradientFn
+    how: str
+    init: Callable[[PyTree], PyTree] = lambda params: ()
+    network: Callable[[models.Network], models.Network] = lambda network: network

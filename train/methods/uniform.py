@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train.methods.types import Batch, Gradient, LossFn, Method, PyTree
+from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
 
 
-def make(config: Any) -> tuple[Method, str]:
+def make(config: Any, task: Task) -> Method:
     """Takes `num_validation` from the config."""
+    del task
     num_validation = config.num_validation
 
-    def gradient(loss_fn: LossFn, params: PyTree, batches: Batch) -> Gradient:
+    def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
         k = batches.images.shape[0]
         training = jnp.arange(k) >= num_validation
         weights = training / jnp.sum(training)
@@ -27,7 +28,7 @@ def make(config: Any) -> tuple[Method, str]:
             return jnp.sum(jnp.where(training, weights * losses, 0)), (losses, aux)
 
         (_, (losses, aux)), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
-        return Gradient(losses, aux, grads, weights)
+        return Gradient(losses, aux, grads, weights, state)
 
     share = f"1/{config.k - num_validation}"
-    return gradient, f"weights {share}, as the gradient of the mean training loss"
+    return Method(gradient, f"weights {share}, as the gradient of the mean training loss")
