@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import loop, steps, weighting
+from benchmarks import alignment, loop, steps, weighting
 from train.run_directory import environment, write_json
 
 
@@ -75,6 +75,22 @@ def main(options: Benchmarks, console: Console) -> None:
     summary["memory_k32_vs_k4"] = memory[32] / memory[4]
     figures = ", ".join(f"k = {k}: {size / 1e6:.2f} MB" for k, size in memory.items())
     console.print(f"temporary memory of streaming, MLP 3×512, b = 8: {figures}")
+
+    timings = {name: alignment.measure(steps.CASES[name], options.rounds) for name in options.cases}
+    summary["example_alignment"] = {
+        name: {c: t._asdict() for c, t in of.items()} for name, of in timings.items()
+    }
+    summary["example_alignment_vs_forward"] = {}
+    for name, of in timings.items():
+        ratio, by_gradients = (
+            of[c].seconds / of["forward"].seconds for c in ("example_alignment", "vmap_grad")
+        )
+        summary["example_alignment_vs_forward"][name] = ratio
+        console.print(
+            f"{name}: alignments of all examples {ratio:.2f} forward passes, "
+            f"{of['example_alignment'].temp_bytes / 1e6:.1f} MB; by vmap(grad) "
+            f"{by_gradients:.1f} forward passes, {of['vmap_grad'].temp_bytes / 1e6:.1f} MB"
+        )
 
     summary["loop"] = loop.overhead()
     summary["loop_overhead"] = summary["loop"]["overhead"]

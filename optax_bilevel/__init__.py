@@ -1,5 +1,6 @@
 """Bilevel mini-batch reweighting for optax (Jenni & Favaro, *Deep Bilevel Learning*, ECCV 2018)."""
 
+from optax_bilevel._alignment import example_alignment
 from optax_bilevel._collective import bilevel_pmean
 from optax_bilevel._multi_steps import BilevelMultiStepsState, bilevel_multi_steps
 from optax_bilevel._reweight import BilevelReweightState, bilevel_reweight, bilevel_weights
@@ -13,5 +14,6 @@ __all__ = [
     "bilevel_reweight",
     "bilevel_value_and_grad",
     "bilevel_weights",
+    "example_alignment",
 ]
 __version__ = "0.1.0"

@@ -48,13 +48,13 @@ def check_masked(tree: PyTree, allow_masked: bool) -> None:
             )
 
 
-def check_inexact(tree: PyTree) -> None:
+def check_inexact(tree: PyTree, what: str = "gradient") -> None:
     """Raises ValueError where a leaf is neither real nor complex floating point."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             raise ValueError(
-                f"gradient leaf {path_name(path)}: expected a floating-point array, got "
+                f"{what} leaf {path_name(path)}: expected a floating-point array, got "
                 f"{dtype or type(leaf).__name__}"
             )
 
