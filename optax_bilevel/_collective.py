@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_bilevel import _inner_products, _rule
-from optax_bilevel._inner_products import Groups, PyTree
-
-AxisName = Any  # a mesh or pmap axis name, or a tuple of them
+from optax_bilevel._inner_products import AxisName, Groups, PyTree
 
 # Shards are padded to a multiple of a TPU's lanes, or XLA turns the final all-gather into an
 # all-reduce, which moves twice the bytes.
@@ -87,7 +85,9 @@ def bilevel_pmean(
     _inner_products.check_groups(groups)
     _inner_products.check_masked(grads, allow_masked=False)
     _inner_products.check_inexact(grads)
-    everywhere = _axes(axis_name) + (() if example_axis is None else _axes(example_axis))
+    everywhere = _inner_products.axes_of(axis_name) + (
+        () if example_axis is None else _inner_products.axes_of(example_axis)
+    )
     _check_varying(grads, everywhere)
     k = jax.lax.axis_size(axis_name)
     if k <= num_validation:
@@ -142,10 +142,6 @@ def bilevel_pmean(
     return (reweighted, grouping.present(weights.values)) if return_weights else reweighted
 
 
-def _axes(axis_name: AxisName) -> tuple[Any, ...]:
-    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
-
-
 def _pieces(leaf: jax.Array, count: int) -> jax.Array:
     """A leaf cut into `count` equal pieces, the last ones padded with zeros: [count, width]."""
     width = math.ceil(leaf.size / count)
@@ -154,11 +150,11 @@ def _pieces(leaf: jax.Array, count: int) -> jax.Array:
 
 def _check_varying(grads: PyTree, axis_name: AxisName) -> None:
     """Raises ValueError where shard_map's autodiff has already summed a gradient over devices."""
-    for axis in _axes(axis_name):
-        if not _is_tracked(axis):
+    for axis in _inner_products.axes_of(axis_name):
+        if not _inner_products.is_tracked(axis):
             continue  # then nothing is summed either
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-            if axis not in _varying_axes(leaf):
+            if axis not in _inner_products.varying_axes(leaf):
                 raise ValueError(
                     f"gradient leaf {_inner_products.path_name(path)} is the same on all devices "
                     f"of axis {axis!r}: inside jax.shard_map, gradients with respect to replicated "
@@ -167,16 +163,10 @@ def _check_varying(grads: PyTree, axis_name: AxisName) -> None:
                 )
 
 
-def _is_tracked(axis: Any) -> bool:
-    """Not so in pmap, in vmap and in shard_map(check_vma=False)."""
-    return axis in _varying_axes(jax.lax.axis_index(axis))
-
-
 def _same_everywhere(axis_name: AxisName) -> Any:
     """How all_gather is told that its result no longer differs along the axis."""
-    return "invarying" if all(map(_is_tracked, _axes(axis_name))) else "varying"
-
-
-def _varying_axes(x: jax.Array) -> frozenset[Any]:
-    """The mapped axes along which `x` is known to differ."""
-    return jax.typeof(x).manual_axis_type.varying
+    return (
+        "invarying"
+        if all(map(_inner_products.is_tracked, _inner_products.axes_of(axis_name)))
+        else "varying"
+    )

@@ -20,6 +20,7 @@ from optax_bilevel import _rule
 
 PyTree = Any
 Groups = None | str | PyTree | Callable[[PyTree], PyTree]
+AxisName = Any  # a mesh or pmap axis name, or a tuple of them
 
 
 # ---------------------------------------------------------------- what came, and in what shape
@@ -349,6 +350,36 @@ def _square_sums(stack: jax.Array) -> jax.Array:
         parts = [jnp.real(stack), jnp.imag(stack)]
     squares = functools.reduce(jnp.add, (jnp.square(x) for x in parts))
     return _replicate(jnp.sum(squares, axis=tuple(range(1, stack.ndim))))
+
+
+# ---------------------------------------------------------------- mapped axes (shard_map, pmap)
+
+
+def axes_of(axis_name: AxisName) -> tuple[Any, ...]:
+    """One axis name or several, as a tuple."""
+    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+
+
+def is_tracked(axis: Any) -> bool:
+    """Whether types say what differs along the axis; not in pmap, nor with check_vma=False."""
+    return axis in varying_axes(jax.lax.axis_index(axis))
+
+
+def varying_axes(x: jax.Array) -> frozenset[Any]:
+    """The mapped axes along which `x` is known to differ."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def vary(tree: PyTree, axis_name: AxisName) -> PyTree:
+    """The same values, as each device's own: so are then gradients with respect to them."""
+    axes = tuple(axis for axis in axes_of(axis_name) if is_tracked(axis))
+
+    def leaf(x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x)
+        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(leaf, tree)
 
 
 # ----------------------------------------------------------------------------------- products

@@ -2,6 +2,10 @@
 
 Once the validation gradient is known, each ω_i of eq. (10) needs its own gradient alone, and the
 normalisation is one division at the end: keep Σ_j g_j and Σ_i ω_i g_i, and let every g_i go.
+
+With mini-batches spread over devices, each streams its own, and Σ_i ω_i g_i is added up over the
+devices once. The validation gradient would be a second gradient's worth of traffic: every device
+computes it for itself, in the time in which it would have waited for it.
 """
 
 from collections.abc import Callable
@@ -11,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_bilevel import _inner_products, _rule
-from optax_bilevel._inner_products import Groups, PyTree
+from optax_bilevel._inner_products import AxisName, Groups, PyTree
 
 LOOPS = ("unroll", "scan")
 
@@ -29,6 +33,7 @@ def bilevel_value_and_grad(
     groups: Groups = None,
     loop: str | None = None,
     chunk_size: int = 1,
+    axis_name: AxisName | None = None,
 ) -> Callable[[PyTree, PyTree], tuple[Any, PyTree, jax.Array]]:
     """Like `jax.value_and_grad`, over k mini-batches, giving the reweighted gradient.
 
@@ -47,6 +52,13 @@ def bilevel_value_and_grad(
             for a loss with convolutions, which XLA runs ten times slower inside loops there.
         chunk_size: how many mini-batches to differentiate at a time, vectorised by `jax.vmap`;
             costs chunk_size gradient buffers in place of one.
+        axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) over whose D
+            devices the k = m·D mini-batches are spread in order, m on each. `batches` then leads
+            with ``num_validation + m``: a copy of the validation mini-batches, the same on all
+            devices, and this device's own m. The first device's own begin with the validation
+            mini-batches once more (so do the next one's where num_validation > m). `params` are
+            the same on all devices. Gradients are added up over the devices once: the traffic of
+            `jax.lax.pmean` on gradients in float32, and 2k scalars.
 
     Returns:
         A function ``(params, batches) -> (value, grads, weights)``. Leaves of `batches` lead with
@@ -54,21 +66,40 @@ def bilevel_value_and_grad(
         `value` is the losses [k], or ``(losses, aux)`` with aux leaves [k, ...]; `grads` has the
         structure, shapes and dtypes of `params`; `weights` is ω̂ [k] with validation slots 0, or
         [groups, k]. A mini-batch with a NaN or an Inf in its gradient gets weight 0; a NaN or an
-        Inf in the validation gradient gives zero gradients.
+        Inf in the validation gradient gives zero gradients. With `axis_name` losses and aux are
+        those of this device's own m mini-batches, [m] and [m, ...]; `grads` and `weights`, of all
+        k, are the same on all devices.
 
     Raises:
         ValueError: at construction for a hyper-parameter out of range or ``solver="exact"``; at
-            trace time for leaves of `batches` that do not share their leading axis, and for
-            k ≤ num_validation.
+            trace time for leaves of `batches` that do not share their leading axis, for
+            k ≤ num_validation, and with `axis_name` for leaves without this device's own part.
 
     Example:
-        >>> import jax.numpy as jnp, optax_bilevel
+        >>> import jax, jax.numpy as jnp, optax_bilevel
         >>> loss = lambda w, batch: jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
         >>> batches = {"x": jnp.ones((4, 2, 3)), "y": jnp.ones((4, 2))}  # k = 4 mini-batches of 2
         >>> step = optax_bilevel.bilevel_value_and_grad(loss)
         >>> losses, grads, weights = step(jnp.zeros(3), batches)
         >>> losses.shape, grads.shape, weights.shape
         ((4,), (3,), (4,))
+
+        Two mini-batches on each device:
+
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
+        >>> batches = {"x": jnp.ones((2 * jax.device_count(), 2, 3)),
+        ...            "y": jnp.ones((2 * jax.device_count(), 2))}
+        >>> spread = optax_bilevel.bilevel_value_and_grad(loss, axis_name="batch")
+        >>> def on_device(params, validation, own):
+        ...     join = lambda v, x: jnp.concatenate([v, x])
+        ...     return spread(params, jax.tree.map(join, validation, own))
+        >>> step = jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P(), P("batch")),
+        ...                              out_specs=(P("batch"), P(), P())))
+        >>> losses, grads, weights = step(
+        ...     jnp.zeros(3), jax.tree.map(lambda x: x[:1], batches), batches)
+        >>> losses.shape == weights.shape == (2 * jax.device_count(),)
+        True
     """
     rule = _rule.Rule(lam, mu, num_validation, solver, normalize, nonnegative)
     rule.require_streamable(
@@ -82,10 +113,15 @@ def bilevel_value_and_grad(
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
 
     def reweighted(params: PyTree, batches: PyTree) -> tuple[Any, PyTree, jax.Array]:
-        k = _inner_products.leading_axis(batches, num_validation, what="batch")
+        end = _inner_products.leading_axis(batches, num_validation, what="batch")
         if not jax.tree.leaves(batches) or not jax.tree.leaves(params):
             raise ValueError("batches and params need at least one leaf each")
         grouping = _inner_products.resolve_groups(params, groups)
+        if axis_name is not None:
+            # Or shard_map would add up the gradients over the devices, each time.
+            params = _inner_products.vary(params, axis_name)
+            own = end - num_validation
+            k, first = _share(own, num_validation, axis_name)
         unroll = (loop or _best_loop(loss_fn, params, batches)) == "unroll"
 
         def differentiate(start: Any, size: int) -> tuple[Any, PyTree]:
@@ -111,6 +147,9 @@ def bilevel_value_and_grad(
             dots = _inner_products.dots_with(grads, validation, grouping)
             sq_norms = _inner_products.squared_norms(grads, grouping)
             omega = _rule.diagonal_weights(dots, sq_norms, rule)
+            if axis_name is not None:  # the first of all repeat the validation mini-batches
+                place = first + start - num_validation + jnp.arange(size)
+                omega = jnp.where(place[None] < num_validation, 0, omega)
             return _inner_products.weighted_sum(grads, omega, grouping), (
                 values,
                 dots.T,
@@ -118,9 +157,11 @@ def bilevel_value_and_grad(
             )
 
         validation, records = _accumulate(validate, None, 0, num_validation, chunk_size)
+        if axis_name is not None:
+            records = []  # the validation mini-batches come again, on the first devices
         begin = num_validation
         total = None
-        if not unroll and (chunks := (k - begin) // chunk_size) > 1:
+        if not unroll and (chunks := (end - begin) // chunk_size) > 1:
             # Over indices, not slices: slicing beforehand would copy the batches.
             total, record = jax.lax.scan(
                 lambda total, start: _add(total, *train(start, chunk_size)),
@@ -129,15 +170,38 @@ def bilevel_value_and_grad(
             )
             records.append(jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), record))
             begin += chunks * chunk_size
-        total, more = _accumulate(train, total, begin, k, chunk_size)
+        total, more = _accumulate(train, total, begin, end, chunk_size)
         values, dots, sq_norms = jax.tree.map(lambda *x: jnp.concatenate(x), *records, *more)
 
         validation_sq_norm = _inner_products.squared_norm(validation, grouping)
+        if axis_name is not None:
+            places = first + jnp.arange(own)
+            dots, sq_norms = (
+                jnp.zeros((k, x.shape[1]), x.dtype).at[places].set(x) for x in (dots, sq_norms)
+            )
+            # Every device has it; adding the first one's up tells the types that it is the same.
+            validation_sq_norm = jnp.where(first == 0, validation_sq_norm, 0)
+            total, dots, sq_norms, validation_sq_norm = jax.lax.psum(
+                (total, dots, sq_norms, validation_sq_norm), axis_name
+            )
         weights = _rule.weigh(_rule.Products(dots.T, sq_norms.T, validation_sq_norm), rule)
         grads = _inner_products.scale_and_cast(total, weights.scale, grouping, like=params)
         return values, grads, grouping.present(weights.values)
 
     return reweighted
+
+
+def _share(own: int, num_validation: int, axis_name: AxisName) -> tuple[int, jax.Array]:
+    """k, and which of the k mini-batches this device's first is, int32 []."""
+    devices = jax.lax.axis_size(axis_name)
+    k = own * devices
+    if k <= num_validation:
+        raise ValueError(
+            f"axis {axis_name!r} has {devices} devices of {own} mini-batches beside the "
+            f"validation ones, k = {k}, and num_validation = {num_validation} leaves none to "
+            f"train on: k must be at least {num_validation + 1}"
+        )
+    return k, own * jax.lax.axis_index(axis_name)
 
 
 def _best_loop(loss_fn: Callable[..., Any], params: PyTree, batches: PyTree) -> str:
