@@ -56,6 +56,22 @@ class Config:
         Literal["auto", "streaming", "stacked", "multi_steps", "collective"],
         Help(help="which form of the rule computes the update; auto chooses and says so"),
     ] = "auto"
+    smoothing: Annotated[float, Help(help="ε of label_smoothing")] = 0.1
+    mixup_alpha: Annotated[float, Help(help="α of mixup and bilevel_mixup")] = 1.0
+    bootstrap: Annotated[
+        Literal["hard", "soft"],
+        Help(help="whether bootstrapping takes the predicted class, or its probabilities"),
+    ] = "hard"
+    bootstrap_beta: Annotated[
+        float | None, Help(help="β, weight of the given label; none: 0.8 for hard, 0.95 for soft")
+    ] = None
+    channel_noise: Annotated[
+        float, Help(help="share of noise that the channel of noise_layer starts from")
+    ] = 0.3
+    loss_percentile: Annotated[
+        float, Help(help="percentile of the losses that mentornet compares with")
+    ] = 75.0
+    group_norm: Annotated[float, Help(help="λ of azadi's regularizer")] = 10.0
     sampling: Annotated[
         Literal["stratified", "random"],
         Help(help="identical label distributions in the k mini-batches, or not (ablation c)"),
@@ -117,15 +133,20 @@ class Config:
             ("k", 2, None), ("b", 1, None), ("epochs", 1, None), ("seed", 0, None),
             ("noise_rate", 0, 1), ("validation_ratio", 0, 0.9), ("momentum", 0, 1),
             ("train_size", 1, None), ("image_size", 1, None), ("weight_decay", 0, None),
+            ("bootstrap_beta", 0, 1), ("loss_percentile", 0, 100), ("group_norm", 0, None),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= (math.inf if high is None else high):
                 bound = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise ConfigError(f"{name} must be {bound}, got {value}")
-        for name in ("lam", "mu", "learning_rate", "decay", "clip_norm"):
+        for name in ("lam", "mu", "learning_rate", "decay", "clip_norm", "mixup_alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be positive and finite, got {value}")
+        if not 0 <= self.smoothing < 1:
+            raise ConfigError(f"smoothing must be from 0 to below 1, got {self.smoothing}")
+        if not 0 < self.channel_noise < 1:
+            raise ConfigError(f"channel_noise must be between 0 and 1, got {self.channel_noise}")
         if self.dropout_rate is not None and not 0 <= self.dropout_rate < 1:
             raise ConfigError(f"dropout_rate must be from 0 to below 1, got {self.dropout_rate}")
         if any(width < 1 for width in self.hidden or ()):

@@ -227,7 +227,8 @@ def _build(
             model.train()
             logits = model(batch.images, rngs=nnx.Rngs(batch.key))
             loss = jnp.mean(criterion(logits, batch.labels))
-            return loss, methods.Aux(logits, nnx.state(model, nnx.BatchStat))
+            _, batch_stats, recorded, _ = nnx.split(model, nnx.BatchStat, nnx.Intermediate, ...)
+            return loss, methods.Aux(logits, batch_stats, recorded)
 
         batches = methods.Batch(images, raw.labels, keys)
         done = method.gradient(loss_fn, state.params, batches, state.method)

@@ -9,7 +9,7 @@ import pytest
 
 from train import methods
 from train.config import Config
-from train.methods import Aux, Batch, Task
+from train.methods import Aux, Batch, Task, sgd
 
 K, B, CLASSES = 8, 4, 3
 
@@ -219,6 +219,13 @@ def test_every_method_says_how_it_computes(method):
             "uniform": "weights 1/7, as the gradient of the mean training loss",
             "bilevel": "streaming form (chosen for this method) on cpu",
             "bilevel_exact": "stacked form (chosen for this method) on cpu",
+            "bilevel_mixup": "mixup with α = 1, streaming form (chosen for this method) on cpu",
+            "mixup": f"mixup with α = 1, {sgd.HOW}",
+            "label_smoothing": f"labels smoothed by 0.1, {sgd.HOW}",
+            "bootstrapping": f"hard bootstrapping with β = 0.8, {sgd.HOW}",
+            "noise_layer": f"a noise channel that starts from 0.3, {sgd.HOW}",
+            "mentornet": f"examples weighed by percentile 75 of the losses, {sgd.HOW}",
+            "azadi": f"group norm of the last layer times 10, {sgd.HOW}",
         }[method]
     )
 
@@ -227,7 +234,9 @@ def test_a_form_that_was_asked_for_is_not_called_chosen():
     assert methods.make(config(form="multi_steps"), TASK).how == "multi_steps form on cpu"
 
 
-@pytest.mark.parametrize("method", ["sgd", "uniform"])
+@pytest.mark.parametrize(
+    "method", [name for name in methods.NAMES if not name.startswith("bilevel")]
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_are_for_methods_that_weigh(method, form):
     message = f"method {method} weighs nothing: form {form} is for bilevel methods"

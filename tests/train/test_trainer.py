@@ -201,6 +201,23 @@ def test_a_run_that_is_interrupted_ends_in_the_same_bits(finished_random, tmp_pa
     assert_same_run(tmp_path, finished_random, RANDOM)
 
 
+@pytest.mark.parametrize("method", ["mentornet", "noise_layer", "bilevel_mixup"])
+def test_what_a_method_carries_is_in_the_checkpoint(tmp_path, method):
+    config = tiny.config(method=method, dropout_rate=0.3, epochs=2)
+    reference, stopped = tmp_path / "reference", tmp_path / "stopped"
+    run(config, reference)
+    with pytest.raises(Interrupted):
+        run(config, stopped, on_step=interrupt_at(3))
+    carried = tiny.final_state(stopped, config)
+    if method == "mentornet":
+        assert int(carried.method.step) == 3
+        assert carried.method.percentile > 0
+    if method == "noise_layer":
+        assert carried.params["channel"].shape == (10, 10)
+    run(config, stopped)
+    assert_same_run(stopped, reference, config)
+
+
 def test_a_run_can_be_interrupted_at_every_step(finished, tmp_path):
     for step in range(1, 12):
         with pytest.raises(Interrupted):

@@ -8,7 +8,17 @@ weighs mini-batches decides how it is called; so the two combine.
 
 from typing import Any
 
-from train.methods import bilevel, sgd, uniform
+from train.methods import (
+    azadi,
+    bilevel,
+    bootstrapping,
+    label_smoothing,
+    mentornet,
+    mixup,
+    noise_layer,
+    sgd,
+    uniform,
+)
 from train.methods.types import Aux, Batch, Gradient, LossFn, Method, Task, cross_entropy
 
 __all__ = [
@@ -29,14 +39,33 @@ _MAKERS = {
     "uniform": uniform.make,
     "bilevel": bilevel.make,
     "bilevel_exact": bilevel.make_exact,
+    "bilevel_mixup": mixup.make_bilevel,
+    "mixup": mixup.make,
+    "label_smoothing": label_smoothing.make,
+    "bootstrapping": bootstrapping.make,
+    "noise_layer": noise_layer.make,
+    "mentornet": mentornet.make,
+    "azadi": azadi.make,
 }
+
+_ONE_LABEL = ("label_smoothing", "bootstrapping", "noise_layer", "mentornet")
 
 NAMES = tuple(_MAKERS)
 """The names that `make` knows."""
 
 
 def make(config: Any, task: Task) -> Method:
-    """Makes the method that a config names."""
+    """Makes the method that a config names.
+
+    Raises:
+        ValueError: if the method is for one label per example, and the task has several.
+    """
+    if task.multi_label and config.method in _ONE_LABEL:
+        several = [name for name in NAMES if name not in _ONE_LABEL]
+        raise ValueError(
+            f"method {config.method} is for one label per example, and here an example can have "
+            f"several: take one of {', '.join(several)}"
+        )
     return _MAKERS[config.method](config, task)
 
 
@@ -44,7 +73,7 @@ def check_form(method: str, form: str) -> None:
     """Raises ValueError where a method cannot be computed in a form of the rule."""
     if form == "auto":
         return
-    if method in ("sgd", "uniform"):
+    if not method.startswith("bilevel"):
         raise ValueError(f"method {method} weighs nothing: form {form} is for bilevel methods")
     if method == "bilevel_exact" and form not in bilevel.EXACT_FORMS:
         raise ValueError(

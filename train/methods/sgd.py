@@ -10,18 +10,20 @@ import jax
 
 from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
 
+HOW = "one gradient over all examples of the step"
+
 
 def make(config: Any, task: Task) -> Method:
     """SGD needs nothing from the config."""
     del config, task
-    return Method(gradient, "one gradient over all examples of the step")
+    return Method(gradient, HOW)
 
 
 def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree = ()) -> Gradient:
     """One gradient of the loss of all examples of the step; `state` stays as it is."""
-    images, labels, key = batches
-    whole = Batch(
-        images.reshape(-1, *images.shape[2:]), labels.reshape(-1, *labels.shape[2:]), key[0]
+    images, labels = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), (batches.images, batches.labels)
     )
+    whole = Batch(images, labels, batches.key[0])
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, whole)
     return Gradient(loss[None], jax.tree.map(lambda x: x[None], aux), grads, None, state)

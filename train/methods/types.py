@@ -18,12 +18,13 @@ class Batch(NamedTuple):
 
     Attributes:
         images: float32 [b, h, w, c], augmented.
-        labels: the given labels, int32 [b], or [b, classes] of 0 and 1.
+        labels: the given labels, int32 [b], or [b, classes] of 0 and 1; for a criterion of a
+            method's own, any pytree whose leaves lead with b.
         key: the random key of the mini-batch's dropout, and of what a method draws, [].
     """
 
     images: jax.Array
-    labels: jax.Array
+    labels: Any
     key: jax.Array
 
 
@@ -47,10 +48,12 @@ class Aux(NamedTuple):
     Attributes:
         logits: float32 [b, classes].
         batch_stats: the running averages, updated by this mini-batch.
+        recorded: what modules of `Method.network` have kept as `nnx.Intermediate`.
     """
 
     logits: jax.Array
     batch_stats: PyTree
+    recorded: PyTree = ()
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -76,7 +79,7 @@ class LossFn(Protocol):
         self,
         params: PyTree,
         batch: Batch,
-        criterion: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+        criterion: Callable[[jax.Array, Any], jax.Array] = cross_entropy,
     ) -> tuple[jax.Array, Aux]:
         """The loss, [], and what came of the mini-batch beside it."""
         ...
