@@ -77,9 +77,9 @@ class Layout:
         longest = max(even, key=lambda axis: leaf.shape[axis])
         return NamedSharding(self.mesh, P(*(None,) * longest, ALL))
 
-    def whole(self, tree: PyTree) -> PyTree:
-        """Inside jit: every leaf on every device, gathered where it was sharded."""
-        return jax.lax.with_sharding_constraint(tree, self.replicated) if self.sharded else tree
+    def everywhere(self, tree: PyTree) -> PyTree:
+        """Inside jit: every leaf whole on every device."""
+        return jax.lax.with_sharding_constraint(tree, self.replicated)
 
     def per_example(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         """Inside jit: ``function``, of leaves [k, b, ...], where the examples are."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -103,6 +104,8 @@ class Program:
             ``dropout=True`` dropout stays on.
         new_epoch: ``state -> state`` with its sums at zero; donates the state.
         how: a line that says how the method computes.
+        layout: how the steps lie on a mesh; None on one device. States, batches and keys must lie
+            on it (`Layout.place`, `Layout.copy`).
     """
 
     init: Any
@@ -110,6 +113,7 @@ class Program:
     predict: Any
     new_epoch: Any
     how: str
+    layout: Layout | None = None
 
 
 def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
@@ -179,6 +183,7 @@ def _build(
     preset = augment.preset(config.augmentation, image_shape, max_value)
     method = methods.make(config, methods.Task(num_classes, multi_label, steps_per_epoch, layout))
     tx = optimizer(config, steps_per_epoch)
+    everywhere = (lambda tree: tree) if layout is None else layout.everywhere
 
     def create(key: jax.Array) -> models.Network:
         options = {} if config.hidden is None else {"hidden": config.hidden}
@@ -241,8 +246,7 @@ def _build(
             return loss, methods.Aux(logits, nnx.state(model, nnx.BatchStat))
 
         batches = methods.Batch(images, raw.labels, keys)
-        whole = state.params if layout is None else layout.whole(state.params)
-        done = method.gradient(loss_fn, whole, batches, state.method)
+        done = method.gradient(loss_fn, everywhere(state.params), batches, state.method)
         updates, opt_state = tx.update(done.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         batch_stats = jax.tree.map(
@@ -255,7 +259,7 @@ def _build(
             batch_stats=batch_stats,
             opt_state=opt_state,
             method=done.state,
-            sums=_add_step(state.sums, raw, done, config.num_validation),
+            sums=_add_step(state.sums, raw, done, config.num_validation, everywhere),
             failed=_first_failure(state, done.losses, (params, batch_stats)),
         )
 
@@ -266,7 +270,7 @@ def _build(
         key: jax.Array,
         dropout: bool = False,
     ) -> jax.Array:
-        params = params if layout is None else layout.whole(params)
+        params = everywhere(params)
         model = nnx.merge(graph, params, batch_stats, copy=True)
         model.eval()
         if dropout:  # and batch norm still by its running averages
@@ -296,6 +300,7 @@ def _build(
         predict=jax.jit(predict, static_argnames="dropout", **scores_on_mesh),
         new_epoch=jax.jit(new_epoch, donate_argnums=0, **on_mesh),
         how=method.how,
+        layout=layout,
     )
 
 
@@ -324,7 +329,13 @@ def _first_failure(state: State, losses: jax.Array, new: PyTree) -> jax.Array:
     return jnp.where((state.failed >= 0) | ok, state.failed, state.step)
 
 
-def _add_step(sums: Sums, raw: RawBatch, done: methods.Gradient, num_validation: int) -> Sums:
+def _add_step(
+    sums: Sums,
+    raw: RawBatch,
+    done: methods.Gradient,
+    num_validation: int,
+    everywhere: Callable[[PyTree], PyTree],
+) -> Sums:
     k, b = raw.labels.shape[:2]
     losses, weights = done.losses, done.weights
     logits = done.aux.logits.reshape(k * b, -1)
@@ -347,11 +358,12 @@ def _add_step(sums: Sums, raw: RawBatch, done: methods.Gradient, num_validation:
     )
     if weights is None:
         return sums
-    omega = weights[num_validation:]
+    wrong = jnp.any((raw.labels != raw.true).reshape(k, b, -1), axis=-1)
+    # XLA's partitioner counts too often where indices of a scatter are shared unevenly.
+    omega, share = everywhere((weights, jnp.mean(wrong, axis=1)))
+    omega, share = omega[num_validation:], share[num_validation:]
     l1, l2 = jnp.sum(jnp.abs(omega)), jnp.sum(jnp.square(omega))
     scaled = omega * len(omega)
-    wrong = jnp.any((raw.labels != raw.true).reshape(k, b, -1), axis=-1)
-    share = jnp.mean(wrong[num_validation:], axis=1)
     row = jnp.round(share * (SHARE_BINS - 1)).astype(jnp.int32)
     place = (scaled + OMEGA_RANGE) / (2 * OMEGA_RANGE) * OMEGA_BINS
     column = jnp.clip(jnp.floor(place), 0, OMEGA_BINS - 1).astype(jnp.int32)
