@@ -1,8 +1,9 @@
 """The command line: ``python -m train [COMMAND] [OPTIONS]``; without a command, the demo.
 
 Exit codes: 0 done; 1 a fault of ours; 2 a wrong choice, or data that are missing; 3 NaN or Inf;
-4 the run directory is in use or holds another run; 75 stopped by SIGTERM and 130 by SIGINT, the
-state of the training saved: start again to go on.
+4 the run directory is in use or holds another run; 5 another process of a distributed run has
+ended; 75 stopped by SIGTERM and 130 by SIGINT, the state of the training saved: start again to go
+on.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import pathlib
 import signal
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -30,7 +31,8 @@ USAGE = """usage: python -m train [COMMAND] [OPTIONS]; --help after a command li
   prepare    prepare a data set, once
 
 exit codes: 0 done; 2 a wrong choice or missing data; 3 NaN or Inf; 4 run directory in use or of
-another config; 75 (SIGTERM) and 130 (SIGINT) stopped with the state saved, start again to go on"""
+another config; 5 another process of a distributed run has ended; 75 (SIGTERM) and 130 (SIGINT)
+stopped with the state saved, start again to go on"""
 
 
 def _demo(args: list[str], console: Console) -> None:
@@ -40,7 +42,7 @@ def _demo(args: list[str], console: Console) -> None:
 
 
 def _run(args: list[str], console: Console) -> None:
-    from train import demo, trainer
+    from train import demo, distributed, trainer
     from train.config import Config, ConfigError
     from train.progress import Display
 
@@ -58,8 +60,29 @@ def _run(args: list[str], console: Console) -> None:
         ] = 60.0
         keep: Annotated[int, Help(help="checkpoints to keep")] = 2
         tensorboard: Annotated[bool, Help(help="write metrics for TensorBoard too")] = True
+        devices: Annotated[
+            int | None, Help(help="use so many of the devices; none: all there are")
+        ] = None
+        parameters: Annotated[
+            Literal["replicated", "sharded"],
+            Help(help="on several devices: copied to each, or spread over them (FSDP)"),
+        ] = "replicated"
+        distributed: Annotated[
+            bool, Help(help="one of several processes, detected on TPU pods, SLURM, Kubernetes")
+        ] = False
+        coordinator: Annotated[
+            str | None, Help(help="HOST:PORT of the first process, where it is not detected")
+        ] = None
+        num_processes: Annotated[int | None, Help(help="likewise: how many there are")] = None
+        process_id: Annotated[int | None, Help(help="likewise: which one this is, from 0")] = None
 
     chosen = tyro.cli(Run, args=args, prog="python -m train run")
+    where = (chosen.coordinator, chosen.num_processes, chosen.process_id)
+    if chosen.distributed:
+        distributed.initialize(*where)
+        console.quiet = not distributed.writes()
+    elif where != (None, None, None):
+        raise ValueError("--coordinator, --num-processes and --process-id need --distributed")
     config = chosen.config
     if chosen.resume:
         file = chosen.out / "config.json"
@@ -68,11 +91,13 @@ def _run(args: list[str], console: Console) -> None:
         config = Config.from_json(json.loads(file.read_text()))
     problem = trainer.load_problem(config)
     demo.describe(problem, config, console)
-    console.print(f"{config.method}: {trainer.build_program(config, problem).how}")
     with Display(console) as display:
         options = display.follow(
             config.method, config.epochs * problem.order.steps_per_epoch, config
         )
+        options.devices, options.parameters = chosen.devices, chosen.parameters
+        layout = trainer.layout_of(config, options)
+        console.print(f"{config.method}: {trainer.build_program(config, problem, layout).how}")
         options.checkpoint_seconds = chosen.checkpoint_seconds
         options.keep = chosen.keep
         options.tensorboard = chosen.tensorboard
@@ -205,6 +230,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_command(name: str, args: list[str], console: Console) -> int:
+    from train import distributed
+
+    try:
+        code = _code_of(name, args, console)
+    except Exception as error:
+        if not distributed.is_initialized():
+            raise
+        code = distributed.explain(error)
+    if code not in (0, 75) and distributed.is_initialized():
+        distributed.leave(code)
+    return code
+
+
+def _code_of(name: str, args: list[str], console: Console) -> int:
     from train.run_directory import RunDirectoryError
     from train.trainer import Interrupted, NotFiniteError
 

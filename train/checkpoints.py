@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from train import distributed
 
 PyTree = Any
 
@@ -52,8 +55,10 @@ class Checkpoints:
         """Returns itself."""
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        """Waits for the save under way."""
+    def __exit__(self, kind: object, *exc: object) -> None:
+        """Waits for the save under way, but not for other processes when this one has failed."""
+        if kind is not None and jax.process_count() > 1:
+            return
         self._finish()
         self._manager.close()
 
@@ -61,7 +66,8 @@ class Checkpoints:
         """Saves `state` under `step`; in the background unless `wait`.
 
         A save that fails, for want of disk space for instance, is a warning: the run goes on and
-        the checkpoints before it stay.
+        the checkpoints before it stay. Among several processes, which all call this, it is an
+        error, for the others would wait.
         """
         self._finish()  # its failure would otherwise be taken for one of this save
         if step == self._saved:
@@ -83,6 +89,8 @@ class Checkpoints:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
+        if jax.process_count() > 1:
+            raise error
         for left in self._directory.glob(f"{self._saved}{ocp.utils.TMP_DIR_SUFFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
         warnings.warn(
@@ -122,9 +130,11 @@ class Checkpoints:
         return None
 
     def _set_aside(self, step: int) -> None:
-        aside = self._directory.parent / f"damaged-checkpoint-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self._directory / str(step)).rename(aside)
+        if distributed.writes():
+            aside = self._directory.parent / f"damaged-checkpoint-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(step)).rename(aside)
+        distributed.wait("set aside")
         self._manager.reload()
 
 
@@ -135,8 +145,17 @@ def _checksum(named: dict[str, Any]) -> np.ndarray:
     """CRC-32 of all values: Orbax itself does not notice a flipped bit in an array."""
     value = 0
     for leaf in named.values():
-        value = zlib.crc32(np.asarray(leaf).tobytes(), value)
+        value = zlib.crc32(_whole(leaf).tobytes(), value)
     return np.array(value, np.uint32)
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """A leaf in this host's memory, the parts that other processes hold included."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        assert isinstance(leaf.sharding, NamedSharding)
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        leaf = jax.jit(lambda x: x, out_shardings=everywhere)(leaf)
+    return np.asarray(leaf)
 
 
 def _in_a_line(error: Exception) -> str:

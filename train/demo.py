@@ -90,6 +90,7 @@ def run(demo: Demo, console: Console) -> dict[str, Any]:
             title = f"[{number}/{len(arms)}] {config.method}, seed {config.seed}"
             options = display.follow(title, steps, config)
             options.tensorboard = False
+            options.devices = 1
             result = trainer.train(config, directory, options)
             results.setdefault(config.method, []).append((result, read_metrics(directory)))
     summary = summarize(demo, results)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 import models
 from train import augment, methods
 from train.config import Config
+from train.mesh import Layout, example_axis
 
 PyTree = Any
 
@@ -102,6 +104,8 @@ class Program:
             ``dropout=True`` dropout stays on.
         new_epoch: ``state -> state`` with its sums at zero; donates the state.
         how: a line that says how the method computes.
+        layout: how the steps lie on a mesh; None on one device. States, batches and keys must lie
+            on it (`Layout.place`, `Layout.copy`).
     """
 
     init: Any
@@ -109,6 +113,7 @@ class Program:
     predict: Any
     new_epoch: Any
     how: str
+    layout: Layout | None = None
 
 
 def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
@@ -148,8 +153,12 @@ def build(
     num_classes: int,
     multi_label: bool,
     steps_per_epoch: int,
+    layout: Layout | None = None,
 ) -> Program:
-    """Builds the functions of a run; configs that differ in the seed alone share them."""
+    """Builds the functions of a run; configs that differ in the seed alone share them.
+
+    With a layout they work on its mesh, else on one device.
+    """
     return _build(
         dataclasses.replace(config, seed=0),
         image_shape,
@@ -157,6 +166,7 @@ def build(
         num_classes,
         multi_label,
         steps_per_epoch,
+        layout,
     )
 
 
@@ -168,10 +178,12 @@ def _build(
     num_classes: int,
     multi_label: bool,
     steps_per_epoch: int,
+    layout: Layout | None,
 ) -> Program:
     preset = augment.preset(config.augmentation, image_shape, max_value)
-    method = methods.make(config, methods.Task(num_classes, multi_label, steps_per_epoch))
+    method = methods.make(config, methods.Task(num_classes, multi_label, steps_per_epoch, layout))
     tx = optimizer(config, steps_per_epoch)
+    everywhere = (lambda tree: tree) if layout is None else layout.everywhere
 
     def create(key: jax.Array) -> models.Network:
         options = {} if config.hidden is None else {"hidden": config.hidden}
@@ -187,17 +199,17 @@ def _build(
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: method.network(create(jax.random.key(0)))))
 
-    @jax.jit
     def start(key: jax.Array) -> State:
         return state_of(create(key))
 
     def init(key: jax.Array) -> State:
         if config.pretrained is None:
-            return start(key)
+            return compiled_start(key)
         model = create(key)
         assert isinstance(model, models.ResNet50)
         models.load_pretrained(model, config.pretrained, replace_head=num_classes != 1000)
-        return state_of(model)
+        state = state_of(model)
+        return state if layout is None else layout.copy(state, shardings)
 
     def state_of(model: models.Network) -> State:
         _, params, batch_stats = nnx.split(method.network(model), nnx.Param, ...)
@@ -214,7 +226,9 @@ def _build(
     def step(state: State, raw: RawBatch, key: jax.Array) -> State:
         k, b = raw.labels.shape[:2]
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        images = jax.vmap(jax.vmap(preset.train))(jax.random.split(augment_key, (k, b)), raw.images)
+        augmented = jax.vmap(jax.vmap(preset.train))
+        augmented = augmented if layout is None else layout.per_example(augmented)
+        images = augmented(jax.random.split(augment_key, (k, b)), raw.images)
         if config.dropout_masks == "shared":
             keys = jnp.broadcast_to(dropout_key, (k,))
         else:
@@ -225,13 +239,15 @@ def _build(
         ) -> tuple[jax.Array, methods.Aux]:
             model = nnx.merge(graph, params, state.batch_stats, copy=True)
             model.train()
+            if (axis := example_axis()) is not None:  # statistics of the whole mini-batch
+                model.set_attributes(nnx.BatchNorm, axis_name=axis, raise_if_not_found=False)
             logits = model(batch.images, rngs=nnx.Rngs(batch.key))
             loss = jnp.mean(criterion(logits, batch.labels))
             _, batch_stats, recorded, _ = nnx.split(model, nnx.BatchStat, nnx.Intermediate, ...)
             return loss, methods.Aux(logits, batch_stats, recorded)
 
         batches = methods.Batch(images, raw.labels, keys)
-        done = method.gradient(loss_fn, state.params, batches, state.method)
+        done = method.gradient(loss_fn, everywhere(state.params), batches, state.method)
         updates, opt_state = tx.update(done.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         batch_stats = jax.tree.map(
@@ -244,7 +260,7 @@ def _build(
             batch_stats=batch_stats,
             opt_state=opt_state,
             method=done.state,
-            sums=_add_step(state.sums, raw, done, config.num_validation),
+            sums=_add_step(state.sums, raw, done, config.num_validation, everywhere),
             failed=_first_failure(state, done.losses, (params, batch_stats)),
         )
 
@@ -255,6 +271,7 @@ def _build(
         key: jax.Array,
         dropout: bool = False,
     ) -> jax.Array:
+        params = everywhere(params)
         model = nnx.merge(graph, params, batch_stats, copy=True)
         model.eval()
         if dropout:  # and batch norm still by its running averages
@@ -273,12 +290,27 @@ def _build(
     def new_epoch(state: State) -> State:
         return state._replace(sums=Sums.zeros())
 
+    on_mesh, scores_on_mesh, shardings = {}, {}, None
+    if layout is not None:
+        shardings = _shardings(layout, jax.eval_shape(start, jax.random.key(0)))
+        on_mesh, scores_on_mesh = ({"out_shardings": s} for s in (shardings, layout.replicated))
+    compiled_start = jax.jit(start, **on_mesh)
     return Program(
         init=init,
-        step=jax.jit(step, donate_argnums=0),
-        predict=jax.jit(predict, static_argnames="dropout"),
-        new_epoch=jax.jit(new_epoch, donate_argnums=0),
+        step=jax.jit(step, donate_argnums=0, **on_mesh),
+        predict=jax.jit(predict, static_argnames="dropout", **scores_on_mesh),
+        new_epoch=jax.jit(new_epoch, donate_argnums=0, **on_mesh),
         how=method.how,
+        layout=layout,
+    )
+
+
+def _shardings(layout: Layout, state: State) -> State:
+    """Where the state is kept: the optimizer's follows the parameters."""
+    shardings = jax.tree.map(lambda _: layout.replicated, state)
+    return shardings._replace(
+        params=layout.parameter_shardings(state.params),
+        opt_state=layout.parameter_shardings(state.opt_state),
     )
 
 
@@ -298,7 +330,13 @@ def _first_failure(state: State, losses: jax.Array, new: PyTree) -> jax.Array:
     return jnp.where((state.failed >= 0) | ok, state.failed, state.step)
 
 
-def _add_step(sums: Sums, raw: RawBatch, done: methods.Gradient, num_validation: int) -> Sums:
+def _add_step(
+    sums: Sums,
+    raw: RawBatch,
+    done: methods.Gradient,
+    num_validation: int,
+    everywhere: Callable[[PyTree], PyTree],
+) -> Sums:
     k, b = raw.labels.shape[:2]
     losses, weights = done.losses, done.weights
     logits = done.aux.logits.reshape(k * b, -1)
@@ -321,11 +359,12 @@ def _add_step(sums: Sums, raw: RawBatch, done: methods.Gradient, num_validation:
     )
     if weights is None:
         return sums
-    omega = weights[num_validation:]
+    wrong = jnp.any((raw.labels != raw.true).reshape(k, b, -1), axis=-1)
+    # XLA's partitioner counts too often where indices of a scatter are shared unevenly.
+    omega, share = everywhere((weights, jnp.mean(wrong, axis=1)))
+    omega, share = omega[num_validation:], share[num_validation:]
     l1, l2 = jnp.sum(jnp.abs(omega)), jnp.sum(jnp.square(omega))
     scaled = omega * len(omega)
-    wrong = jnp.any((raw.labels != raw.true).reshape(k, b, -1), axis=-1)
-    share = jnp.mean(wrong[num_validation:], axis=1)
     row = jnp.round(share * (SHARE_BINS - 1)).astype(jnp.int32)
     place = (scaled + OMEGA_RANGE) / (2 * OMEGA_RANGE) * OMEGA_BINS
     column = jnp.clip(jnp.floor(place), 0, OMEGA_BINS - 1).astype(jnp.int32)

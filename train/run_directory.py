@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -29,12 +29,20 @@ class RunDirectoryError(RuntimeError):
 
 
 class RunDirectory:
-    """A run's folder, held by this process from `__enter__` to `__exit__`."""
+    """A run's folder, held by this process from `__enter__` to `__exit__`.
 
-    def __init__(self, path: pathlib.Path, config: Config):
+    Attributes:
+        path: the folder.
+        config: what it is for.
+        writes: whether this process writes to it: of several that share a run, one does.
+    """
+
+    def __init__(self, path: pathlib.Path, config: Config, *, writes: bool = True):
         """Takes the folder, which need not exist, and the config it is for."""
         self.path = path
         self.config = config
+        self.writes = writes
+        self._lock: IO[str] | None = None
 
     def __enter__(self) -> "RunDirectory":
         """Creates and locks the folder.
@@ -42,6 +50,8 @@ class RunDirectory:
         Raises:
             RunDirectoryError: if another process holds it, or it holds a run of another config.
         """
+        if not self.writes:
+            return self
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / "lock", "w")
         try:
@@ -61,7 +71,8 @@ class RunDirectory:
 
     def __exit__(self, *exc: object) -> None:
         """Lets the folder go."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _check_config(self) -> None:
         file = self.path / "config.json"
@@ -92,12 +103,15 @@ class RunDirectory:
     def keep_metrics(self, before_step: int) -> list[dict[str, Any]]:
         """Drops the lines of epochs that end after the given step; returns the others."""
         kept = [line for line in self.metrics() if line["step"] <= before_step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        _replace(self.path / "metrics.jsonl", text)
+        if self.writes:
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            _replace(self.path / "metrics.jsonl", text)
         return kept
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
+        if not self.writes:
+            return
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 

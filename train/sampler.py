@@ -3,7 +3,7 @@
 Every sampler yields ``int32 [k, b]`` arrays of example indices, one row per mini-batch (the first
 rows are the validation mini-batches of the bilevel rule), as a pure function of
 ``(seed, epoch, step)``: a resumed run needs no sampler state, and every process of a multi-host
-run computes the same array and takes its own part of it (`rows`).
+run computes the same array and takes its own part of it (`train.mesh.Layout.part`).
 
 All of them draw k-tuples of examples and put b tuples into a step, the j-th member of each tuple
 going to mini-batch j. Tuples whose members share a label make mini-batches of identical label
@@ -297,24 +297,6 @@ def label_distance(labels: np.ndarray, indices: np.ndarray) -> float:
     first, others = counts[..., :1, :], counts[..., 1:, :]
     total = (others + first).sum(-1)
     return float(np.mean(np.abs(others - first).sum(-1) / np.maximum(total, 1)))
-
-
-def rows(size: int, process_index: int, process_count: int) -> slice:
-    """The part of an axis of length `size` that one of several processes loads.
-
-    Every process computes the same ``[k, b]`` array, cheaply, and loads only its own images:
-    ``indices[rows(k, i, n)]`` where the mini-batches are spread over the processes,
-    ``indices[:, rows(b, i, n)]`` where each mini-batch is.
-
-    Raises:
-        ValueError: if `size` is not a multiple of `process_count`.
-    """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} is not one of {process_count}")
-    if size % process_count:
-        raise ValueError(f"{size} rows cannot be shared evenly by {process_count} processes")
-    share = size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
 
 
 class _Classes:

@@ -13,14 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import data, noise, sampler
+from train import data, distributed, mesh, noise, sampler
 from train.checkpoints import Checkpoints
 from train.config import Config, ConfigError
+from train.mesh import Layout
 from train.program import Program, RawBatch, State, build
 from train.run_directory import RunDirectory, write_json
 
 EVALUATED_TRAINING_EXAMPLES = 5000
 _EVALUATION_BATCH = 500
+_AGREE_EVERY = 32  # steps between asking the first process whether it is time for a checkpoint
 
 # Streams of random numbers, apart from each other for every seed.
 _INIT, _STEPS, _SUBSET = 1, 2, 3
@@ -56,12 +58,14 @@ class Problem:
 
 @dataclasses.dataclass
 class Options:
-    """How a run is carried out; none of it changes its result.
+    """How a run is carried out; none of it changes its result (devices: but for rounding).
 
     Attributes:
         checkpoint_seconds: save after so many seconds; 0: at every end of an epoch.
         keep: how many checkpoints to keep.
         tensorboard: also write the metrics for TensorBoard.
+        devices: how many of this process's devices to use; None: all, of all processes.
+        parameters: "replicated" on all devices, or "sharded" over them with the optimizer's state.
         on_epoch: called with every line of metrics.
         on_step: called after every step with the number of steps done.
         on_finished: called with the last line of metrics of a run that was finished before.
@@ -70,6 +74,8 @@ class Options:
     checkpoint_seconds: float = 60.0
     keep: int = 2
     tensorboard: bool = True
+    devices: int | None = None
+    parameters: str = "replicated"
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
     on_step: Callable[[int], None] = lambda step: None
     on_finished: Callable[[dict[str, Any]], None] = lambda line: None
@@ -151,8 +157,20 @@ def _order(
     )
 
 
-def build_program(config: Config, problem: Problem) -> Program:
-    """The compiled functions for a problem."""
+def layout_of(config: Config, options: Options) -> Layout | None:
+    """How the steps of a run lie on its devices; None on one device.
+
+    Raises:
+        ValueError: if k or b do not fit the number of devices.
+    """
+    if (options.devices or jax.device_count()) == 1:
+        return None
+    sharded = options.parameters == "sharded"
+    return mesh.choose(config.k, config.b, options.devices, sharded=sharded)
+
+
+def build_program(config: Config, problem: Problem, layout: Layout | None = None) -> Program:
+    """The compiled functions for a problem, on one device or on the mesh of a layout."""
     dataset = problem.dataset
     return build(
         config,
@@ -161,6 +179,7 @@ def build_program(config: Config, problem: Problem) -> Program:
         num_classes=dataset.num_classes,
         multi_label=dataset.multi_label,
         steps_per_epoch=problem.order.steps_per_epoch,
+        layout=layout,
     )
 
 
@@ -170,7 +189,8 @@ def train(
     """Trains, or goes on training, the run in `directory`; returns its result.
 
     A finished run is not trained again. The run ends in the same bits however often it was
-    interrupted.
+    interrupted, if it goes on on as many devices and processes; on others, to rounding. Where
+    there are several processes all of them call this, with a directory that they share.
 
     Raises:
         RunDirectoryError: if another process holds the folder, or it holds another run.
@@ -179,7 +199,8 @@ def train(
         NotFiniteError: naming the step; the checkpoints before it are kept.
     """
     options = options or Options()
-    with RunDirectory(directory, config) as run:
+    distributed.check_alike(json.dumps(config.to_json()), "configs")
+    with RunDirectory(directory, config, writes=distributed.writes()) as run:
         result_file = directory / "result.json"
         if result_file.exists():
             last = run.metrics()[-1]
@@ -187,19 +208,20 @@ def train(
             options.on_finished(last)
             return json.loads(result_file.read_text())
         problem = load_problem(config)
-        program = build_program(config, problem)
-        if not problem.dataset.multi_label:
+        program = build_program(config, problem, layout_of(config, options))
+        if not problem.dataset.multi_label and run.writes:
             noise.save(directory / "noise.npz", problem.dataset.train.labels, problem.true)
         with (
             Checkpoints(directory / "checkpoints", options.keep) as checkpoints,
             _stop_signals() as asked_to_stop,
-            _tensorboard(directory, options.tensorboard) as write_scalars,
+            _tensorboard(directory, options.tensorboard and run.writes) as write_scalars,
         ):
             history = _loop(
                 config, problem, program, run, checkpoints, asked_to_stop, write_scalars, options
             )
         result = summarize(history)
-        write_json(result_file, result)
+        if run.writes:
+            write_json(result_file, result)
         return result
 
 
@@ -209,16 +231,20 @@ def _loop(
     program: Program,
     run: RunDirectory,
     checkpoints: Checkpoints,
-    asked_to_stop: Callable[[], int | None],
+    asked_to_stop: Callable[[int], int | None],
     write_scalars: Callable[[dict[str, Any]], None],
     options: Options,
 ) -> list[dict[str, Any]]:
     steps_per_epoch = problem.order.steps_per_epoch
     num_steps = config.epochs * steps_per_epoch
     key = jax.random.key(config.seed)
-    step_key = jax.random.fold_in(key, _STEPS)
+    init_key, step_key = (jax.random.fold_in(key, stream) for stream in (_INIT, _STEPS))
+    part: Any = ()
+    if program.layout is not None:
+        init_key, step_key = program.layout.copy((init_key, step_key))
+        part = program.layout.part((config.k, config.b))
 
-    state = program.init(jax.random.fold_in(key, _INIT))
+    state = program.init(init_key)
     restored = checkpoints.restore(state)
     state = state if restored is None else restored
     step = int(state.step)
@@ -228,7 +254,7 @@ def _loop(
     part_started, part_steps, waited = started, 0, 0.0  # of the epoch at hand, by this process
 
     batches = data.batches(
-        problem.dataset.train, problem.order, first_step=step, num_steps=num_steps
+        problem.dataset.train, problem.order, first_step=step, num_steps=num_steps, part=part
     )
     with contextlib.closing(_iterator(batches)) as batches:
         while step < num_steps:
@@ -258,9 +284,11 @@ def _loop(
                 state = program.new_epoch(state)
                 part_started, part_steps, waited = time.monotonic(), 0, 0.0
 
-            signum = asked_to_stop()
+            signum = asked_to_stop(step)
             interval = options.checkpoint_seconds
             due = time.monotonic() - last_save >= interval if interval else epoch_ends
+            if jax.process_count() > 1:  # their clocks differ, and to ask waits for the step
+                due = (epoch_ends or step % _AGREE_EVERY == 0) and distributed.of_first(due)
             if due or signum or step == num_steps:
                 _check_finite(state)
                 checkpoints.save(step, state, wait=signum is not None)
@@ -281,8 +309,13 @@ def advance(
     before = time.monotonic()
     indices, images = next(batches)
     waited = time.monotonic() - before
-    labels, true = problem.dataset.train.labels[indices], problem.true[indices]
-    raw = jax.device_put(RawBatch(images, labels, true))
+    if program.layout is None:
+        labels, true = problem.dataset.train.labels[indices], problem.true[indices]
+        raw = jax.device_put(RawBatch(images, labels, true))
+    else:
+        own = indices[program.layout.part(indices.shape)]
+        labels, true = problem.dataset.train.labels[own], problem.true[own]
+        raw = program.layout.place(RawBatch(images, labels, true), indices.shape)
     with jax.transfer_guard("disallow"):
         return program.step(state, raw, key), waited
 
@@ -399,11 +432,18 @@ def predict(
         seed: of the dropout masks, and of the random crops that some presets average over.
     """
     size = min(_EVALUATION_BATCH, len(split))
+    layout, part = program.layout, ()
+    if layout is not None:
+        size += -size % layout.mesh.size
+        part = layout.part((size,))
     key = jax.random.key(seed)
     parts = []
-    for i, (_, images, valid) in enumerate(data.in_order(split, size)):
+    for i, (_, images, valid) in enumerate(data.in_order(split, size, part=part)):
         batch_key = jax.random.fold_in(key, i)
-        images = jax.device_put(images)
+        if layout is None:
+            images = jax.device_put(images)
+        else:
+            batch_key, images = layout.copy(batch_key), layout.place(images, (size,))
         scores = program.predict(
             state.params, state.batch_stats, images, batch_key, dropout=dropout
         )
@@ -446,15 +486,32 @@ def summarize(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Within, SIGTERM and SIGINT only set what the yielded function returns."""
+def _stop_signals() -> Iterator[Callable[[int], int | None]]:
+    """Within, SIGTERM and SIGINT only set what the yielded function of the step returns.
+
+    Once `jax.distributed` has been initialized JAX itself catches SIGTERM, of whichever process,
+    and all agree on the step at which they stop. SIGINT then counts as SIGTERM.
+    """
     received: list[int] = []
     previous = {}
+    several = distributed.is_initialized()
+    handlers: dict[int, Any] = {
+        signum: lambda number, _: received.append(number)
+        for signum in (signal.SIGTERM, signal.SIGINT)
+    }
+    if several:
+        handlers = {signal.SIGINT: lambda number, _: signal.raise_signal(signal.SIGTERM)}
     with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            previous[signum] = signal.signal(signum, lambda number, _: received.append(number))
+        for signum, handler in handlers.items():
+            previous[signum] = signal.signal(signum, handler)
+
+    def asked_to_stop(step: int) -> int | None:
+        if several:
+            return signal.SIGTERM if distributed.preempted(step) else None
+        return received[0] if received else None
+
     try:
-        yield lambda: received[0] if received else None
+        yield asked_to_stop
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)

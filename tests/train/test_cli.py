@@ -29,9 +29,12 @@ def _wide(monkeypatch):
 
 
 def call(*args):
-    """The exit code of a command, whichever way it is given."""
+    """The exit code of a command, whichever way it is given; runs on one device by default."""
+    args = [str(arg) for arg in args]
+    if args[0] == "run" and "--devices" not in args:
+        args += ["--devices", "1"]
     try:
-        return cli.main([str(arg) for arg in args])
+        return cli.main(args)
     except SystemExit as stopped:
         return stopped.code
 
@@ -64,7 +67,15 @@ def test_help_names_every_command_and_exit_code():
     assert done.returncode == 0
     for name in cli.COMMANDS:
         assert f"\n  {name} " in done.stdout
-    for code in ("0 done", "2 a wrong choice", "3 NaN", "4 run directory", "75 (SIGTERM)", "130 "):
+    for code in (
+        "0 done",
+        "2 a wrong choice",
+        "3 NaN",
+        "4 run directory",
+        "5 another",
+        "75 (SIGTERM)",
+        "130 ",
+    ):
         assert code in done.stdout
     assert done.stderr == ""
 
@@ -114,7 +125,11 @@ def test_without_a_command_it_is_the_demo(capsys):
         (["--sampling", "x"], "Expected one of ('stratified', 'random')"),
         (["--colour", "red"], "unrecognized option"),
         (["--k", "32", "--b", "100"], "not one step: the data give"),
-        (["--form", "collective", "--k", "4"], "k = 4, but there are 8 devices; take k = 8"),
+        (["--form", "collective", "--k", "4"], "and there is one device; take another form"),
+        (["--devices", "8", "--k", "6"], "k = 6 mini-batches do not fit 8 devices: k must divide"),
+        (["--devices", "4", "--form", "stacked"], "form stacked is for one device, and ther"),
+        (["--process-id", "0"], "--coordinator, --num-processes and --process-id need --distr"),
+        (["--distributed", "--process-id", "0"], "give --coordinator, --num-processes and --proc"),
         (["--noise", "nowhere.npz"], "nowhere.npz"),
         (["--augmentation", "inception"], "images of 8x8 are too small"),
         (["--keep", "0"], "keep must be at least 1 checkpoint, got 0"),

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import methods
+from train import mesh, methods
 from train.config import Config
 from train.methods import Aux, Batch, Task, sgd
 
 K, B, CLASSES = 8, 4, 3
 
 TASK = Task(num_classes=CLASSES, multi_label=False, steps_per_epoch=10)
+ON_MESH = TASK._replace(layout=mesh.choose(K, B))
 
 FORMS = ("streaming", "stacked", "multi_steps", "collective")
 
@@ -68,7 +69,7 @@ def gradients(batches):
 
 @functools.cache
 def run(of):
-    method = methods.make(of, TASK)
+    method = methods.make(of, ON_MESH if of.form == "collective" else TASK)
     gradient = jax.jit(lambda *arrays: method.gradient(loss_fn, *arrays))
     return gradient(PARAMS, make_batches(of.k), method.init(PARAMS))
 
@@ -252,7 +253,22 @@ def test_eq_8_needs_all_gradients(form):
         config("bilevel_exact", form=form)
 
 
-def test_the_collective_form_needs_a_device_per_mini_batch():
+@pytest.mark.parametrize(
+    ("method", "form", "k", "message"),
+    [
+        ("bilevel", "stacked", 8, "form stacked is for one device, and there are 8; known on sev"),
+        ("bilevel", "collective", 16, "k = 16, but there are 8 .* take k = 8 .* or form streaming"),
+        ("bilevel_exact", "auto", 16, "eq. .8. needs all gradients at once: k = 16, but there are"),
+        ("bilevel", "streaming", 4, "form streaming .* must be a multiple of 8, got 4"),
+    ],
+)
+def test_forms_that_do_not_fit_the_mesh_say_what_does(method, form, k, message):
     assert jax.device_count() == 8, "tests/conftest.py asks for 8 CPU devices"
-    with pytest.raises(ValueError, match="k = 4, but there are 8 devices; take k = 8 or another"):
-        methods.make(config(k=4, form="collective"), TASK)
+    task = TASK._replace(layout=mesh.choose(k, B))
+    with pytest.raises(ValueError, match=message):
+        methods.make(config(method, k=k, form=form), task)
+
+
+def test_the_collective_form_needs_several_devices():
+    with pytest.raises(ValueError, match=f"there is one device; take another form, or k = {K}"):
+        methods.make(config(form="collective"), TASK)

@@ -163,20 +163,6 @@ def test_label_distance_by_hand():
     assert sampler.label_distance(hot, np.array([[0], [1]])) == pytest.approx(1 / 3)
 
 
-def test_rows_partition_the_axis(labels):
-    batch = sampler.stratified(labels, K, B, seed=0).batch(0, 0)
-    np.testing.assert_array_equal(
-        np.concatenate([batch[sampler.rows(K, i, 2)] for i in range(2)]), batch
-    )
-    np.testing.assert_array_equal(
-        np.hstack([batch[:, sampler.rows(B, i, 5)] for i in range(5)]), batch
-    )
-    with pytest.raises(ValueError, match="5 rows cannot be shared evenly by 2"):
-        sampler.rows(5, 0, 2)
-    with pytest.raises(ValueError, match="process 2 is not one of 2"):
-        sampler.rows(4, 2, 2)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -378,7 +378,7 @@ def test_nan_in_a_later_epoch_keeps_the_last_good_checkpoint(tmp_path, monkeypat
 
     replaced = dataclasses.replace(program, step=poisoned_outside_the_guard)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "build_program", lambda config, problem: replaced)
+        patch.setattr(trainer, "build_program", lambda *_: replaced)
         with pytest.raises(NotFiniteError, match="^step 9 "):
             run(PLAIN, tmp_path, checkpoint_seconds=0)
         state = tiny.final_state(tmp_path, PLAIN)

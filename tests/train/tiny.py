@@ -22,8 +22,10 @@ def config(**changes: Any) -> Config:
 
 
 def options(**changes: Any) -> trainer.Options:
-    """A checkpoint at every end of an epoch, no TensorBoard."""
-    return trainer.Options(**{"checkpoint_seconds": 0, "tensorboard": False, **changes})
+    """A checkpoint at every end of an epoch, no TensorBoard, one device."""
+    return trainer.Options(
+        **{"checkpoint_seconds": 0, "tensorboard": False, "devices": 1, **changes}
+    )
 
 
 def build(of: Config) -> tuple[trainer.Problem, Program]:

@@ -38,7 +38,7 @@ def batches(
         first_step: The step to start with, counted over the whole run.
         num_steps: The number of steps of the whole run.
         part: Which part of the ``[k, b]`` indices this process reads, as an index of that array,
-            for example ``rows(k, process_index, process_count)``; by default all.
+            as `train.mesh.Layout.part` gives it; by default all.
         num_workers: Worker processes for images on disk; 0 decodes on threads of this process.
         ahead: How many steps each worker may be ahead.
 
@@ -53,24 +53,26 @@ def batches(
 
 
 def in_order(
-    split: Split, batch_size: int, *, num_workers: int = 4, ahead: int = 2
+    split: Split, batch_size: int, *, part: Any = (), num_workers: int = 4, ahead: int = 2
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields all images of a split once, in order, in batches of one size; for evaluation.
 
     Args:
         split: The split.
         batch_size: Images per batch.
+        part: Which part of the images of a batch this process reads, as an index ``[batch_size]``.
         num_workers: As for `batches`.
         ahead: As for `batches`.
 
     Yields:
-        ``(indices, images, valid)``: ``int32 [batch_size]``, ``uint8 [batch_size, h, w, c]`` and
+        ``(indices, images, valid)``: ``int32 [batch_size]``, ``uint8 [batch_size, h, w, c]`` (or
+        the given part of them) and
         ``bool [batch_size]``. The last batch is filled up with its last example; `valid` is
         false there.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    parts = _Batches(split, batch_size)
+    parts = _Batches(split, batch_size, part)
     if split.in_memory:
         return (parts[i] for i in range(len(parts)))
     return _Ahead(parts, num_workers, ahead)
@@ -97,6 +99,7 @@ class _Steps:
 class _Batches:
     split: Split
     batch_size: int
+    part: Any
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -104,7 +107,7 @@ class _Batches:
     def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         places = item * self.batch_size + np.arange(self.batch_size, dtype=np.int32)
         indices = np.minimum(places, np.int32(len(self.split) - 1))
-        return indices, self.split.read(indices), places < len(self.split)
+        return indices, self.split.read(indices[self.part]), places < len(self.split)
 
 
 class _Ahead(Iterator[Any]):

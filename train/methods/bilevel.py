@@ -1,33 +1,33 @@
 """The paper's rule, eq. (10), or eq. (8) for `bilevel_exact`, in any of its four forms."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import models
 import optax_bilevel
-from train.methods.types import Batch, Gradient, GradientFn, LossFn, Method, PyTree, Task
+from train import mesh
+from train.mesh import Layout
+from train.methods.types import Aux, Batch, Gradient, GradientFn, LossFn, Method, PyTree, Task
 
 EXACT_FORMS = ("stacked", "collective")
 
 
 def make(config: Any, task: Task) -> Method:
     """Eq. (10), streaming unless the config says otherwise: the least memory."""
-    del task
-    return _make(config, "diagonal", "streaming" if config.form == "auto" else config.form)
+    return _make(config, task.layout, "diagonal")
 
 
 def make_exact(config: Any, task: Task) -> Method:
     """Eq. (8), which needs all gradients: stacked unless the config says otherwise."""
-    del task
-    return _make(config, "exact", "stacked" if config.form == "auto" else config.form)
+    return _make(config, task.layout, "exact")
 
 
-def _make(config: Any, solver: str, form: str) -> Method:
+def _make(config: Any, layout: Layout | None, solver: str) -> Method:
     options = {
         "lam": config.lam,
         "mu": config.mu,
@@ -37,9 +37,43 @@ def _make(config: Any, solver: str, form: str) -> Method:
         "nonnegative": config.nonnegative,
         "groups": {"all": None, "leaf": "leaf", "layer": models.layer_labels}[config.groups],
     }
+    form = config.form
+    if form == "auto" and layout is not None and (layout.per_device == 1 or solver == "exact"):
+        form = "collective"
+    elif form == "auto":
+        form = "streaming" if solver == "diagonal" else "stacked"
     chosen = " (chosen for this method)" if config.form == "auto" else ""
     how = f"{form} form{chosen} on {jax.default_backend()}"
-    return Method(_FORMS[form](config.k, options), how)
+    if layout is None:
+        if form == "collective":
+            raise ValueError(
+                "the collective form puts one mini-batch on each device, and there is one device; "
+                f"take another form, or k = {config.k} devices"
+            )
+        return Method(_FORMS[form](config.k, options), how)
+    _check_on_mesh(form, layout, config.k, solver)
+    return Method(_FORMS_ON_MESH[form](layout, options), f"{how}: {layout.describe()}")
+
+
+def _check_on_mesh(form: str, layout: Layout, k: int, solver: str) -> None:
+    count = layout.mesh.size
+    if form not in _FORMS_ON_MESH:
+        raise ValueError(
+            f"form {form} is for one device, and there are {count}; "
+            f"known on several: auto, {', '.join(_FORMS_ON_MESH)}"
+        )
+    if form == "collective" and layout.per_device > 1:
+        why = ", and eq. (8) needs all gradients at once" if solver == "exact" else ""
+        raise ValueError(
+            f"the collective form has at most one mini-batch on each device{why}: k = {k}, but "
+            f"there are {count} devices; take k = {count} or a divisor of it, or k devices"
+            + ("" if why else ", or form streaming")
+        )
+    if form == "streaming" and layout.spread > 1:
+        raise ValueError(
+            f"form streaming has whole mini-batches on each of the {count} devices: k must be a "
+            f"multiple of {count}, got {k}; or take form collective"
+        )
 
 
 def _streaming(k: int, options: dict[str, Any]) -> GradientFn:
@@ -82,27 +116,58 @@ def _multi_steps(k: int, options: dict[str, Any]) -> GradientFn:
     return gradient
 
 
-def _collective(k: int, options: dict[str, Any]) -> GradientFn:
-    if jax.device_count() != k:
-        raise ValueError(
-            f"the collective form puts one mini-batch on each device: k = {k}, but there are "
-            f"{jax.device_count()} devices; take k = {jax.device_count()} or another form"
-        )
-    mesh = jax.make_mesh((k,), ("batch",), axis_types=(AxisType.Auto,))
+def _collective(layout: Layout, options: dict[str, Any]) -> GradientFn:
+    """One mini-batch on each device, or a part of one."""
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
-        def on_device(params: PyTree, batches: Batch) -> tuple[Any, Any, PyTree, jax.Array]:
-            params = jax.lax.pcast(params, "batch", to="varying")
+        def on_device(params: PyTree, batches: Batch) -> tuple[Any, Aux, PyTree, jax.Array]:
+            params = jax.lax.pcast(params, mesh.ALL, to="varying")
             batch = jax.tree.map(lambda x: x[0], batches)
+            if layout.spread > 1:  # or the parts of a mini-batch would drop the same units
+                part = jax.lax.axis_index(mesh.EXAMPLE)
+                batch = batch._replace(key=jax.random.fold_in(batch.key, part))
             (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
             grads, weights = optax_bilevel.bilevel_pmean(
-                grads, "batch", **options, return_weights=True
+                grads, mesh.BATCH, **options, example_axis=mesh.EXAMPLE, return_weights=True
             )
-            return loss[None], jax.tree.map(lambda x: x[None], aux), grads, weights
+            # Of the whole mini-batch already; this says so.
+            loss, stats = jax.lax.pmean((loss, aux.batch_stats), mesh.EXAMPLE)
+            loss, aux = jax.tree.map(lambda x: x[None], (loss, aux._replace(batch_stats=stats)))
+            return loss, aux, grads, weights
 
-        specs = (P("batch"), P("batch"), P(), P())
-        mapped = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P("batch")), out_specs=specs)
+        examples, each = P(mesh.BATCH, mesh.EXAMPLE), P(mesh.BATCH)
+        mapped = jax.shard_map(
+            on_device,
+            mesh=layout.mesh,
+            in_specs=(P(), Batch(examples, examples, each)),
+            out_specs=(each, Aux(examples, each), P(), P()),
+        )
         losses, aux, grads, weights = mapped(params, batches)
+        return Gradient(losses, aux, grads, _per_mini_batch(weights), state)
+
+    return gradient
+
+
+def _streaming_on_mesh(layout: Layout, options: dict[str, Any]) -> GradientFn:
+    """Whole mini-batches on each device, several as a rule."""
+
+    def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
+        step = optax_bilevel.bilevel_value_and_grad(
+            loss_fn, has_aux=True, axis_name=mesh.ALL, **options
+        )
+
+        def on_device(params: PyTree, validation: Batch, own: Batch) -> tuple[Any, PyTree, Any]:
+            join = functools.partial(jax.tree.map, lambda v, x: jnp.concatenate([v, x]))
+            return step(params, join(validation, own))
+
+        mapped = jax.shard_map(
+            on_device,
+            mesh=layout.mesh,
+            in_specs=(P(), P(), P(mesh.ALL)),
+            out_specs=(P(mesh.ALL), P(), P()),
+        )
+        validation = jax.tree.map(lambda x: x[: options["num_validation"]], batches)
+        (losses, aux), grads, weights = mapped(params, validation, batches)
         return Gradient(losses, aux, grads, _per_mini_batch(weights), state)
 
     return gradient
@@ -112,8 +177,8 @@ _FORMS = {
     "streaming": _streaming,
     "stacked": _stacked,
     "multi_steps": _multi_steps,
-    "collective": _collective,
 }
+_FORMS_ON_MESH = {"streaming": _streaming_on_mesh, "collective": _collective}
 
 
 def _all_gradients(loss_fn: LossFn, params: PyTree, batches: Batch) -> tuple[Any, Any, PyTree]:

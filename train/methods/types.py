@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import models
+from train.mesh import Layout
 
 PyTree = Any
 
@@ -35,11 +36,14 @@ class Task(NamedTuple):
         num_classes: of the labels.
         multi_label: whether an example can have several labels.
         steps_per_epoch: number of steps.
+        layout: how the mini-batches lie on a mesh of devices; None on one device. The arrays that
+            a method gets lie so; what it does not map itself the compiler maps.
     """
 
     num_classes: int
     multi_label: bool
     steps_per_epoch: int
+    layout: Layout | None = None
 
 
 class Aux(NamedTuple):
