@@ -1,106 +1,190 @@
 """Runs the benchmarks, prints tables, and writes ``runs/bench/summary.json``."""
 
 import dataclasses
+import json
+import os
 import pathlib
+import platform
+import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax.numpy as jnp
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
-from benchmarks import alignment, loop, steps, weighting
+from benchmarks import alignment, inputs, loop, peers, pods, steps, tables, weighting
 from train.run_directory import environment, write_json
+
+Figures = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmarks:
-    """Measures what the bilevel rule costs, as ratios within one run."""
+    """Measures what the bilevel rule costs, as ratios within one run.
 
+    Parts that are not run keep their figures of an earlier run of the same code on the same
+    machine, if there was one.
+    """
+
+    parts: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            help="what to measure, of steps, weighting, memory, alignment, loop, inputs, peers, "
+            "pods"
+        ),
+    ] = ("steps", "weighting", "memory", "alignment", "loop", "inputs", "peers", "pods")
     cases: Annotated[
         tuple[str, ...], tyro.conf.arg(help=f"training steps, of {', '.join(steps.CASES)}")
     ] = tuple(steps.CASES)
+    pods: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            help=f"what to compile ResNet-50 for, of {', '.join(pods.PODS)}; about two minutes of "
+            "a core for each, and for SGD on each topology"
+        ),
+    ] = ("v5e_4x4_k8",)
     rounds: Annotated[int, tyro.conf.arg(help="timings of each candidate; the median counts")] = 9
     out: Annotated[pathlib.Path, tyro.conf.arg(help="where the results go")] = pathlib.Path(
         "runs/bench"
     )
 
     def __post_init__(self):
-        """Raises ValueError for an unknown case."""
-        unknown = set(self.cases) - set(steps.CASES)
-        if unknown:
-            raise ValueError(f"unknown case {unknown.pop()!r}; known: {', '.join(steps.CASES)}")
+        """Raises ValueError for an unknown name."""
+        for what, names, known in (
+            ("part", self.parts, _PARTS),
+            ("case", self.cases, steps.CASES),
+            ("pod", self.pods, pods.PODS),
+        ):
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise ValueError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
 
 
-def main(options: Benchmarks, console: Console) -> None:
-    """Runs everything; each part prints as it ends."""
-    summary: dict[str, Any] = {"environment": environment(), "steps": {}}
-    against = {"streaming_vs_accumulate": {}, "stacked_vs_accumulate": {}, "big_vs_accumulate": {}}
+def _steps(options: Benchmarks, console: Console) -> Figures:
+    figures: Figures = {
+        "steps": {},
+        "streaming_vs_accumulate": {},
+        "stacked_vs_accumulate": {},
+        "big_vs_accumulate": {},
+    }
     for name in options.cases:
+        console.print(f"  {name} …")
         timings = steps.measure(steps.CASES[name], options.rounds)
         base = timings["accumulate"].seconds
         ratios = {candidate: timing.seconds / base for candidate, timing in timings.items()}
-        against["streaming_vs_accumulate"][name] = ratios["streaming"]
-        against["stacked_vs_accumulate"][name] = min(ratios["stacked"], ratios["stacked_unrolled"])
-        against["big_vs_accumulate"][name] = ratios["big_batch"]
-        summary["steps"][name] = {c: timing._asdict() for c, timing in timings.items()}
-        table = Table(title=f"{name}: a training step")
-        for column in ("", "ms", "ratio", "compile, s", "temporary, MB"):
-            table.add_column(column, justify="left" if not column else "right")
-        for candidate, timing in timings.items():
-            table.add_row(
-                candidate,
-                f"{1e3 * timing.seconds:.2f}",
-                f"{ratios[candidate]:.2f}",
-                f"{timing.compile_seconds:.1f}",
-                f"{timing.temp_bytes / 1e6:.1f}",
-            )
-        console.print(table)
-    summary.update(against)
+        figures["steps"][name] = {c: timing._asdict() for c, timing in timings.items()}
+        figures["streaming_vs_accumulate"][name] = ratios["streaming"]
+        figures["stacked_vs_accumulate"][name] = min(ratios["stacked"], ratios["stacked_unrolled"])
+        figures["big_vs_accumulate"][name] = ratios["big_batch"]
+    return figures
 
+
+def _weighting(options: Benchmarks, console: Console) -> Figures:
     limits = {
         jnp.dtype(dtype).name: weighting.measure(dtype, rounds=options.rounds)
         for dtype in (jnp.float32, jnp.bfloat16)
     }
-    summary["weighting"] = limits
-    summary["weighting_vs_limit"] = {name: figures["ratio"] for name, figures in limits.items()}
-    for name, figures in limits.items():
-        console.print(
-            f"weighting of [8, 10 million] {name}: {1e3 * figures['weighting']:.1f} ms, "
-            f"{figures['ratio']:.2f} times two reads and one write"
-        )
+    ratios = {name: figures["ratio"] for name, figures in limits.items()}
+    return {"weighting": limits, "weighting_vs_limit": ratios}
 
-    memory = steps.temporary_memory(steps.CASES["mlp_8x8"], (2, 4, 8, 16, 32))
-    summary["memory"] = memory
-    summary["memory_k32_vs_k4"] = memory[32] / memory[4]
-    figures = ", ".join(f"k = {k}: {size / 1e6:.2f} MB" for k, size in memory.items())
-    console.print(f"temporary memory of streaming, MLP 3×512, b = 8: {figures}")
 
-    timings = {name: alignment.measure(steps.CASES[name], options.rounds) for name in options.cases}
-    summary["example_alignment"] = {
-        name: {c: t._asdict() for c, t in of.items()} for name, of in timings.items()
-    }
-    summary["example_alignment_vs_forward"] = {}
-    for name, of in timings.items():
-        ratio, by_gradients = (
-            of[c].seconds / of["forward"].seconds for c in ("example_alignment", "vmap_grad")
-        )
-        summary["example_alignment_vs_forward"][name] = ratio
-        console.print(
-            f"{name}: alignments of all examples {ratio:.2f} forward passes, "
-            f"{of['example_alignment'].temp_bytes / 1e6:.1f} MB; by vmap(grad) "
-            f"{by_gradients:.1f} forward passes, {of['vmap_grad'].temp_bytes / 1e6:.1f} MB"
-        )
+def _memory(options: Benchmarks, console: Console) -> Figures:
+    sizes = steps.temporary_memory(steps.CASES["mlp_8x8"], (2, 4, 8, 16, 32))
+    # JSON's keys are strings.
+    memory = {str(k): size for k, size in sizes.items()}
+    return {"memory": memory, "memory_k32_vs_k4": sizes[32] / sizes[4]}
 
-    summary["loop"] = loop.overhead()
-    summary["loop_overhead"] = summary["loop"]["overhead"]
-    console.print(
-        f"training loop of the demo: {100 * summary['loop_overhead']:.1f}% beyond the compiled "
-        f"step of {1e3 * summary['loop']['step']:.2f} ms"
-    )
+
+def _alignment(options: Benchmarks, console: Console) -> Figures:
+    figures: Figures = {"example_alignment": {}, "example_alignment_vs_forward": {}}
+    for name in options.cases:
+        console.print(f"  {name} …")
+        timings = alignment.measure(steps.CASES[name], options.rounds)
+        ratio = timings["example_alignment"].seconds / timings["forward"].seconds
+        figures["example_alignment"][name] = {c: t._asdict() for c, t in timings.items()}
+        figures["example_alignment_vs_forward"][name] = ratio
+    return figures
+
+
+def _loop(options: Benchmarks, console: Console) -> Figures:
+    figures = loop.overhead(rounds=max(options.rounds, 7))
+    return {"loop": figures, "loop_overhead": figures["overhead"]}
+
+
+def _inputs(options: Benchmarks, console: Console) -> Figures:
+    return {"inputs": inputs.measure()}
+
+
+def _peers(options: Benchmarks, console: Console) -> Figures:
+    if not peers.available():
+        console.print("  skipped: PyTorch and TorchJD are not installed: pip install -e '.[peers]'")
+        return {}
+    return {"peers": peers.measure(options.rounds)}
+
+
+def _pods(options: Benchmarks, console: Console) -> Figures:
+    if not pods.available():
+        console.print("  skipped: libtpu is not installed: make bench does that on x86-64 Linux")
+        return {}
+    figures = pods.measure(options.pods)
+    ratios = {name: of["traffic_vs_sgd"] for name, of in figures.items()}
+    return {"pods": figures, "pod_traffic_vs_sgd": ratios}
+
+
+_PARTS: dict[str, Callable[[Benchmarks, Console], Figures]] = {
+    "steps": _steps,
+    "weighting": _weighting,
+    "memory": _memory,
+    "alignment": _alignment,
+    "loop": _loop,
+    "inputs": _inputs,
+    "peers": _peers,
+    "pods": _pods,
+}
+
+
+def _machine() -> dict[str, Any]:
+    """What the figures depend on: code, versions, devices, processor."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        names = [value.strip() for name, _, value in lines if name.strip() == "model name"]
+        processor = names[0] if names else processor
+    return {**environment(), "processor": processor, "cores": os.cpu_count()}
+
+
+def _earlier(file: pathlib.Path, machine: dict[str, Any]) -> Figures:
+    """The figures of an earlier run of the same code on the same machine."""
+    if file.exists():
+        summary = json.loads(file.read_text())
+        before = summary.get("environment", {})
+        same = (name for name in machine if name not in ("time", "command"))
+        if all(machine[name] == before.get(name) for name in same):
+            return summary
+    return {}
+
+
+def main(options: Benchmarks, console: Console) -> None:
+    """Runs the parts; each is printed and written as it ends."""
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "summary.json", summary)
-    console.print(f"written: {options.out / 'summary.json'}")
+    file = options.out / "summary.json"
+    machine = _machine()
+    summary = {**_earlier(file, machine), "environment": machine}
+    begun = time.monotonic()
+    for part in options.parts:
+        started = time.monotonic()
+        console.print(f"[bold]{part}[/bold]")
+        for name, figures in _PARTS[part](options, console).items():
+            known = summary.get(name)
+            both = isinstance(known, dict) and isinstance(figures, dict)
+            summary[name] = {**known, **figures} if both else figures
+        write_json(file, summary)
+        console.print(Markdown(tables.PARTS[part](summary)))
+        console.print(f"  {time.monotonic() - started:.0f} s")
+    console.print(f"written: {file}, after {time.monotonic() - begun:.0f} s")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ class Timing(NamedTuple):
     Attributes:
         seconds: median over the rounds.
         compile_seconds: tracing and compiling.
+        first_seconds: the first call of the compiled program.
         temp_bytes: temporary memory of the compiled program.
     """
 
     seconds: float
     compile_seconds: float
+    first_seconds: float
     temp_bytes: int
 
 
@@ -37,12 +39,14 @@ def compare(
         arguments: arrays on the device.
         rounds: how often each is timed; the median counts.
     """
-    compiled, compile_seconds = {}, {}
+    compiled, compile_seconds, first_seconds = {}, {}, {}
     for name, function in candidates.items():
         started = time.perf_counter()
         compiled[name] = jax.jit(function).lower(*arguments).compile()
         compile_seconds[name] = time.perf_counter() - started
+        started = time.perf_counter()
         jax.block_until_ready(compiled[name](*arguments))
+        first_seconds[name] = time.perf_counter() - started
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, function in compiled.items():
@@ -53,6 +57,7 @@ def compare(
         name: Timing(
             statistics.median(seconds[name]),
             compile_seconds[name],
+            first_seconds[name],
             temporary_bytes(compiled[name]),
         )
         for name in candidates

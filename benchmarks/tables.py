@@ -1,0 +1,205 @@
+"""The figures of a summary as Markdown: on the console, and on the page of the documentation.
+
+``python -m benchmarks.tables docs/results/bench.json > docs/results/bench.md`` makes the page.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Summary = dict[str, Any]
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = list(columns)
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    lines = ["| " + " | ".join(row) + " |" for row in (columns, rule, *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def steps(summary: Summary) -> str:
+    """Every way to take a step, by case."""
+    if "steps" not in summary:
+        return ""
+    text = ""
+    for case, timings in summary["steps"].items():
+        base = timings["accumulate"]["seconds"]
+        text += f"\n`{case}`, a training step:\n\n" + _table(
+            ("", "ms", "of accumulation", "compile, s", "first call, ms", "temporary, MB"),
+            (
+                (
+                    name.replace("_", " "),
+                    f"{1e3 * t['seconds']:.1f}",
+                    f"{t['seconds'] / base:.2f}",
+                    f"{t['compile_seconds']:.1f}",
+                    f"{1e3 * t['first_seconds']:.1f}",
+                    f"{t['temp_bytes'] / 1e6:.1f}",
+                )
+                for name, t in timings.items()
+            ),
+        )
+    return text
+
+
+def weighting(summary: Summary) -> str:
+    """The weighting alone against its limit."""
+    return _table(
+        ("stack [8, 10 million]", "weighting, ms", "two reads and one write, ms", "ratio"),
+        (
+            (
+                dtype,
+                f"{1e3 * figures['weighting']:.1f}",
+                f"{1e3 * figures['limit']:.1f}",
+                f"{figures['ratio']:.2f}",
+            )
+            for dtype, figures in summary.get("weighting", {}).items()
+        ),
+    )
+
+
+def memory(summary: Summary) -> str:
+    """Temporary memory by k."""
+    return _table(
+        ("k mini-batches of 8, MLP 3×512, streaming", "temporary, MB"),
+        ((k, f"{size / 1e6:.2f}") for k, size in summary.get("memory", {}).items()),
+    )
+
+
+def alignment(summary: Summary) -> str:
+    """Alignments of all examples."""
+    rows = []
+    for case, timings in summary.get("example_alignment", {}).items():
+        base = timings["forward"]["seconds"]
+        names = ("example_alignment", "vmap_grad")
+        rows.append(
+            (
+                f"`{case}`",
+                *(f"{timings[name]['seconds'] / base:.2f}" for name in names),
+                *(f"{timings[name]['temp_bytes'] / 1e6:.1f}" for name in names),
+            )
+        )
+    return _table(
+        (
+            "alignments of all examples",
+            "forward passes",
+            "by vmap(grad)",
+            "temporary, MB",
+            "by vmap(grad)",
+        ),
+        rows,
+    )
+
+
+def loop(summary: Summary) -> str:
+    """What the training loop adds to the compiled step."""
+    figures = summary.get("loop")
+    if figures is None:
+        return ""
+    return _table(
+        ("the demo's training loop", "per step"),
+        (
+            ("the compiled step alone", f"{1e3 * figures['step']:.3f} ms"),
+            ("the loop", f"{1e3 * figures['loop']:.3f} ms"),
+            ("beyond the step", f"{100 * figures['overhead']:.1f}%"),
+        ),
+    )
+
+
+def inputs(summary: Summary) -> str:
+    """What the input pipeline yields, and what steps consume."""
+    figures = summary.get("inputs")
+    if figures is None:
+        return ""
+    names = {
+        "sampler": "the sampler alone, stratified",
+        "memory": "gathered from memory, 32×32×3",
+        "jpeg_256": "JPEG files of 256×256, four worker processes",
+    }
+    rows = [(names[name], f"{rate:,.0f}") for name, rate in figures.items()]
+    for case, timings in summary.get("steps", {}).items():
+        k, b = case.rpartition("_")[2].split("x")
+        rate = int(k) * int(b) / timings["streaming"]["seconds"]
+        rows.append((f"consumed by a streaming step, `{case}`", f"{rate:,.0f}"))
+    return _table(("", "images/s"), rows)
+
+
+def peers(summary: Summary) -> str:
+    """Peers, against plain SGD of their own framework."""
+    figures = summary.get("peers")
+    if figures is None:
+        return ""
+    return (
+        _table(
+            ("a step of the MLP 3×512, 8 × 8", "of one SGD step of its framework"),
+            ((name, f"{ratio:.2f}") for name, ratio in figures["steps_vs_sgd"].items()),
+        )
+        + "\n"
+        + _table(
+            ("a float32 stack [8, 1,735,178] to one gradient", "ms"),
+            ((name, f"{1e3 * seconds:.1f}") for name, seconds in figures["aggregators"].items()),
+        )
+    )
+
+
+def pods(summary: Summary) -> str:
+    """Traffic and memory of ResNet-50's step, compiled for pods."""
+    rows = []
+    for pod, figures in summary.get("pods", {}).items():
+        for name in ("sgd", "bilevel"):
+            of = figures[name]
+            moved = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in of["moved"].items())
+            ours = name == "bilevel"
+            rows.append(
+                (
+                    f"`{pod}`, {name}",
+                    moved,
+                    f"{figures['traffic_vs_sgd']:.4f}" if ours else "1",
+                    f"{of['memory'] / 1e6:,.0f}",
+                    f"{figures['extra_gradients']:+.2f}" if ours else "",
+                    f"{of['compile_seconds']:.0f}",
+                )
+            )
+    return _table(
+        (
+            "ResNet-50, 32 images of 224×224 a chip",
+            "MB sent by a chip",
+            "of SGD's",
+            "MB held by a chip",
+            "beyond SGD, gradients",
+            "compile, s",
+        ),
+        rows,
+    )
+
+
+PARTS: dict[str, Callable[[Summary], str]] = {
+    "steps": steps,
+    "weighting": weighting,
+    "memory": memory,
+    "alignment": alignment,
+    "loop": loop,
+    "inputs": inputs,
+    "peers": peers,
+    "pods": pods,
+}
+
+
+def machine(summary: Summary) -> str:
+    """One line on where the figures come from."""
+    of = summary["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in of["packages"].items())
+    return (
+        f"{of['cores']} cores of {of['processor']}, devices {', '.join(of['devices'])}, "
+        f"Python {of['python']}, {packages}, revision {of['revision']}, {of['time'][:10]}.\n"
+    )
+
+
+def page(summary: Summary) -> str:
+    """All tables, one after the other."""
+    return "\n".join([machine(summary), *(part(summary) for part in PARTS.values())])
+
+
+if __name__ == "__main__":
+    print(page(json.loads(pathlib.Path(sys.argv[1]).read_text())), end="")
