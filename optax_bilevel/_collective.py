@@ -34,7 +34,7 @@ def bilevel_pmean(
     groups: Groups = None,
     validation: str = "batch",
     decay: Any = None,
-    guard: bool | None = None,
+    guard: str | None = None,
     past: _past.Past | None = None,
     example_axis: AxisName | None = None,
     return_weights: bool = False,

@@ -54,7 +54,7 @@ def bilevel_multi_steps(
     groups: Groups = None,
     validation: str = "batch",
     decay: Any = None,
-    guard: bool | None = None,
+    guard: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Like `optax.MultiSteps`, but every k-th call applies the reweighted gradient.
 

@@ -51,7 +51,7 @@ def bilevel_reweight(
     groups: Groups = None,
     validation: str = "batch",
     decay: Any = None,
-    guard: bool | None = None,
+    guard: str | None = None,
     num_batches: int | None = None,
     allow_masked: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -96,8 +96,9 @@ def bilevel_reweight(
             "past": the steps before do. The state then carries one buffer like the parameters,
             float32 or wider.
         decay: d in [0, 1), with "past" alone; 0.9 where it is None. May be traced or scheduled.
-        guard: with "past" alone, whether a step with Σω < 0 (a group's, with `groups`) is left out:
-            it gives a zero update, and only moves the average. On where it is None.
+        guard: with "past" alone, what happens where Σω < 0 (in a group, with `groups`), where the
+            mini-batches as a whole point against the past: "zero", a zero update, so that the step
+            only moves the average; or "none". "zero" where it is None.
         num_batches: k, if the state is to carry the weights. `init` cannot see k, hence static.
         allow_masked: let `optax.MaskedNode` leaves pass, for use inside an `optax.partition` whose
             other labels reduce their own stacked leaves.

@@ -16,6 +16,7 @@ Scalar = Any  # a Python or NumPy number, or a traced scalar
 
 SOLVERS = ("diagonal", "exact")
 VALIDATIONS = ("batch", "past")
+GUARDS = ("zero", "none")
 PAST_DECAY = 0.9
 
 
@@ -34,7 +35,7 @@ class Rule:
         validation: "batch" (V is a part of the step's mini-batches) or "past" (the average of the
             mean gradients of the steps before; `num_validation` then means nothing).
         decay: of that average, in [0, 1), may be traced; None with "batch", and for `PAST_DECAY`.
-        guard: no update where Σω < 0; None with "batch", and for True with "past".
+        guard: "zero" (no update where Σω < 0) or "none"; None with "batch", and for "zero".
     """
 
     lam: Scalar
@@ -45,7 +46,7 @@ class Rule:
     nonnegative: bool = False
     validation: str = "batch"
     decay: Scalar = None
-    guard: bool | None = None
+    guard: str | None = None
 
     def __post_init__(self):
         """Raises ValueError where a concrete hyper-parameter is out of its range."""
@@ -87,6 +88,8 @@ class Rule:
                 f'num_validation = {self.num_validation} is for validation="batch"; with "past" '
                 "all k mini-batches train: leave it out"
             )
+        if self.guard is not None and self.guard not in GUARDS:
+            raise ValueError(f"unknown guard {self.guard!r}; known: {', '.join(GUARDS)}")
         if callable(self.decay):
             raise ValueError(
                 "decay is a schedule; wrap the factory: optax.inject_hyperparams(bilevel_reweight)"
@@ -279,7 +282,7 @@ def weigh(products: Products, rule: Rule, has_past: jax.Array | None = None) -> 
 
     l1 = jnp.sum(jnp.abs(raw), axis=-1)
     usable = l1 >= jnp.finfo(l1.dtype).tiny  # the inverse of anything smaller is infinite
-    if rule.from_past and rule.guard is not False:
+    if rule.from_past and rule.guard != "none":
         usable = usable & (jnp.sum(raw, axis=-1) >= 0)
     scale = 1 / jnp.where(usable, l1, 1)
     if not rule.normalize:

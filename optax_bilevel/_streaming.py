@@ -33,7 +33,7 @@ def bilevel_value_and_grad(
     groups: Groups = None,
     validation: str = "batch",
     decay: Any = None,
-    guard: bool | None = None,
+    guard: str | None = None,
     loop: str | None = None,
     chunk_size: int = 1,
     axis_name: AxisName | None = None,
