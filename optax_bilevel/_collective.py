@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_bilevel import _inner_products, _rule
+from optax_bilevel import _inner_products, _past, _rule
 from optax_bilevel._inner_products import AxisName, Groups, PyTree
 
 # Shards are padded to a multiple of a TPU's lanes, or XLA turns the final all-gather into an
@@ -32,6 +32,10 @@ def bilevel_pmean(
     normalize: bool = True,
     nonnegative: bool = False,
     groups: Groups = None,
+    validation: str = "batch",
+    decay: Any = None,
+    guard: str | None = None,
+    past: _past.Past | None = None,
     example_axis: AxisName | None = None,
     return_weights: bool = False,
 ) -> Any:
@@ -46,19 +50,25 @@ def bilevel_pmean(
         grads: this device's gradients, leaves [\*shape].
         axis_name: the axis (or tuple of axes) along which there is one mini-batch per device, k of
             them.
-        lam, mu, num_validation, solver, normalize, nonnegative, groups: as in `bilevel_reweight`.
+        lam, mu, num_validation, solver, normalize, nonnegative, groups, validation, decay, guard:
+            as in `bilevel_reweight`.
+        past: with ``validation="past"``, this device's part of it: its row of what
+            ``init_past(params, num_devices=D)`` makes for the D devices along all axes. In
+            `jax.shard_map` its spec is ``Past(P(axes), P())``, the axes those of `axis_name` and
+            then of `example_axis`.
         example_axis: a second axis (or tuple) over which the examples of one mini-batch are spread;
             the gradients are averaged over it, without extra traffic.
         return_weights: also return ω̂.
 
     Returns:
         Reweighted gradients, leaves [\*shape] of the dtypes of `grads`, the same on every device;
-        with `return_weights` a pair of them and ω̂, [k] or [groups, k].
+        with `return_weights` a pair of them and ω̂, [k] or [groups, k]; with ``validation="past"``
+        a tuple that ends with this device's part of the new past.
 
     Raises:
         ValueError: at trace time for a hyper-parameter out of range, k ≤ num_validation, a leaf
-            that is not floating point, and, inside `jax.shard_map`, for a gradient that
-            is already the same on all devices.
+            that is not floating point, a `past` that is not this device's part, and, inside
+            `jax.shard_map`, for a gradient that is already the same on all devices.
 
     Warning:
         `jax.shard_map` (with its default ``check_vma=True``) sums gradients with respect to
@@ -81,7 +91,9 @@ def bilevel_pmean(
         >>> if k > 1:
         ...     grads = step(jnp.ones(3), batches)
     """
-    rule = _rule.Rule(lam, mu, num_validation, solver, normalize, nonnegative)
+    rule = _rule.Rule(
+        lam, mu, num_validation, solver, normalize, nonnegative, validation, decay, guard
+    )
     _inner_products.check_groups(groups)
     _inner_products.check_masked(grads, allow_masked=False)
     _inner_products.check_inexact(grads)
@@ -90,15 +102,22 @@ def bilevel_pmean(
     )
     _check_varying(grads, everywhere)
     k = jax.lax.axis_size(axis_name)
-    if k <= num_validation:
+    if k <= rule.held_out:
         raise ValueError(
             f"axis {axis_name!r} has {k} devices, one mini-batch each, and num_validation = "
             f"{num_validation} leaves none to train on: it needs at least {num_validation + 1}"
         )
     leaves, treedef = jax.tree.flatten(grads)
-    if not leaves:
-        return (grads, jnp.zeros((k,))) if return_weights else grads
     spread = 1 if example_axis is None else jax.lax.axis_size(example_axis)
+    rows = None if past is None else _rows(past)
+    _past.check(
+        rows,
+        jax.tree.map(lambda g: jax.ShapeDtypeStruct((_width(g, k * spread),), g.dtype), grads),
+        rule,
+        f"init_past(params, num_devices={k * spread}), a row for each device",
+    )
+    if not leaves:
+        return _results(grads, jnp.zeros((k,)) if return_weights else None, past)
     grouping = _inner_products.resolve_groups(grads, groups)
 
     # One flat buffer per dtype, [devices, shard]; a shard holds a piece of every leaf, so that
@@ -120,14 +139,19 @@ def bilevel_pmean(
             stacks[i] = shards[:, offset : offset + width]
         layouts[dtype] = (indices, offsets, widths, padding)
 
+    stacked = treedef.unflatten(stacks)
     products = jax.lax.psum(
         _inner_products.stack_products(
-            stacks, grouping, num_validation, with_gram=solver == "exact"
+            stacked,
+            grouping,
+            rule.held_out,
+            with_gram=solver == "exact",
+            past=None if rows is None else rows.average,
         ),
         everywhere,
     )
-    weights = _rule.weigh(products, rule)
-    sums = _inner_products.weighted_sum(stacks, weights.values, grouping)
+    weights = _rule.weigh(products, rule, _past.has_past(past))
+    sums = jax.tree.leaves(_inner_products.weighted_sum(stacked, weights.values, grouping))
 
     results: list[Any] = [None] * len(leaves)
     for dtype, (indices, offsets, widths, padding) in layouts.items():
@@ -138,13 +162,35 @@ def bilevel_pmean(
         for i, offset, width in zip(indices, offsets, widths, strict=True):
             flat = full[:, offset : offset + width].reshape(-1)
             results[i] = flat[: leaves[i].size].reshape(leaves[i].shape)
-    reweighted = treedef.unflatten(results)
-    return (reweighted, grouping.present(weights.values)) if return_weights else reweighted
+    if past is not None and rows is not None:
+        rows = _past.advance_by_stack(rows, stacked, products.sq_norms, grouping, rule)
+        rows = rows._replace(
+            average=jax.tree.map(lambda x, a: x.reshape(a.shape), rows.average, past.average)
+        )
+    presented = grouping.present(weights.values) if return_weights else None
+    return _results(treedef.unflatten(results), presented, rows)
+
+
+def _results(grads: PyTree, weights: jax.Array | None, past: _past.Past | None) -> Any:
+    results = (grads, *(x for x in (weights, past) if x is not None))
+    return results if len(results) > 1 else grads
+
+
+def _rows(past: Any) -> Any:
+    """A device's part with flat leaves: shard_map leaves the split axis there, pmap does not."""
+    if not isinstance(past, _past.Past):
+        return past
+    flat = jax.tree.map(lambda a: a.reshape(-1), past.average)
+    return past._replace(average=flat)
+
+
+def _width(leaf: jax.Array, count: int) -> int:
+    return math.ceil(leaf.size / count)
 
 
 def _pieces(leaf: jax.Array, count: int) -> jax.Array:
     """A leaf cut into `count` equal pieces, the last ones padded with zeros: [count, width]."""
-    width = math.ceil(leaf.size / count)
+    width = _width(leaf, count)
     return jnp.pad(leaf.reshape(-1), (0, count * width - leaf.size)).reshape(count, width)
 
 

@@ -432,7 +432,12 @@ def _gram(grads: PyTree, grouping: Grouping) -> jax.Array:
 
 
 def stack_products(
-    grads: PyTree, grouping: Grouping, num_validation: Any, *, with_gram: bool
+    grads: PyTree,
+    grouping: Grouping,
+    num_validation: Any,
+    *,
+    with_gram: bool,
+    past: PyTree | None = None,
 ) -> _rule.Products:
     """All inner products that the rule needs of a stack of k gradients.
 
@@ -441,13 +446,15 @@ def stack_products(
         grouping: the group of every leaf.
         num_validation: the first slots that form V; an int, or traced.
         with_gram: compute the whole Gram matrix (eq. 8) and read the others off it.
+        past: the validation gradient, leaves [*shape], where no slots form it.
     """
-    if not with_gram:
-        validation = validation_gradient(grads, num_validation)
+    if not with_gram or past is not None:
+        validation = validation_gradient(grads, num_validation) if past is None else past
         return _rule.Products(
             dots_with(grads, validation, grouping),
             squared_norms(grads, grouping),
             squared_norm(validation, grouping),
+            _gram(grads, grouping) if with_gram else None,
         )
     gram = _gram(grads, grouping)
     k = gram.shape[-1]
@@ -494,6 +501,30 @@ def weighted_sum(grads: PyTree, weights: jax.Array, grouping: Grouping) -> PyTre
     return treedef.unflatten(
         [leaf_sum(g, weights[i]) for g, i in zip(leaves, grouping.ids, strict=True)]
     )
+
+
+def finite_sum(grads: PyTree, sq_norms: jax.Array, grouping: Grouping) -> PyTree:
+    """Σ_i g_i over the mini-batches without NaN and Inf, in the accumulation dtype.
+
+    Args:
+        grads: leaves [k, *shape].
+        sq_norms: |g_i|², [groups, k].
+        grouping: the group of every leaf.
+
+    Returns:
+        leaves [*shape].
+    """
+    kept = jnp.broadcast_to(_rule.finite(sq_norms).astype(sq_norms.dtype), sq_norms.shape)
+    return weighted_sum(grads, kept, grouping)
+
+
+def move(average: PyTree, total: PyTree, count: jax.Array, rate: jax.Array) -> PyTree:
+    """Averages moved towards a mean, a + rate · (total/count - a), leaves [*shape]."""
+
+    def leaf(a: jax.Array, x: jax.Array) -> jax.Array:
+        return a + rate.astype(a.dtype) * (x / jnp.maximum(count, 1).astype(x.dtype) - a)
+
+    return jax.tree.map(leaf, average, total)
 
 
 def scale_and_cast(tree: PyTree, scale: jax.Array, grouping: Grouping, like: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_bilevel import _inner_products, _rule
+from optax_bilevel import _inner_products, _past, _rule
 from optax_bilevel._inner_products import Groups, PyTree
 
 
@@ -24,10 +24,11 @@ class BilevelReweightState(NamedTuple):
         cosine: mean cosine of the training mini-batches' gradients with the validation gradient,
             float32 []; near zero when nothing generalises from one mini-batch to the next.
         negative: share of training mini-batches with a negative weight, float32 [].
-        effective: effective number of mini-batches 1/Σω̂², float32 [].
+        effective: effective number of mini-batches 1/Σω̂², float32 []; 0 without an update.
         dropped: number of the k mini-batches left out of this step for a NaN or an Inf, int32 [].
         weights: ω̂, float32 [k] (validation slots 0), or [groups, k]; None unless `num_batches`
             was given.
+        past: the average that validates, with ``validation="past"``; None otherwise.
     """
 
     count: Any  # jax.Array; the name hides tuple.count, as in every optax state
@@ -36,6 +37,7 @@ class BilevelReweightState(NamedTuple):
     effective: jax.Array
     dropped: jax.Array
     weights: jax.Array | None
+    past: _past.Past | None = None
 
 
 def bilevel_reweight(
@@ -47,6 +49,9 @@ def bilevel_reweight(
     normalize: bool = True,
     nonnegative: bool = False,
     groups: Groups = None,
+    validation: str = "batch",
+    decay: Any = None,
+    guard: str | None = None,
     num_batches: int | None = None,
     allow_masked: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -61,6 +66,14 @@ def bilevel_reweight(
 
     Weights may be negative; the validation gradient itself is not part of the update. All k
     mini-batches should have the same distribution of labels (section 3, remark 1).
+
+    With ``validation="past"``, which is not the paper's rule, all k mini-batches are training ones,
+    and :math:`\sum_{j\in V} g_j` is replaced by an average of earlier steps' mean gradients
+    :math:`m_s = \frac1k\sum_i g_i` (of those, not of the updates), bias-corrected:
+
+    .. math:: g_v = \frac{\sum_{s<t} d^{\,t-1-s}\, m_s}{\sum_{s<t} d^{\,t-1-s}}.
+
+    The first step has no past; its update is the plain mean, ω̂ = 1/k.
 
     It belongs **first** in a chain: what follows sees an ordinary gradient. Weight decay, clipping,
     masks, `optax.MultiSteps` and `optax.apply_if_finite` go after it.
@@ -79,6 +92,13 @@ def bilevel_reweight(
         groups: None, one ω for the whole tree; "leaf", one per leaf; or a pytree of labels like
             the gradients (or a prefix, or a callable that makes one, as in `optax.partition`), one
             ω per label: the paper's weights per layer (ablation b).
+        validation: "batch", the paper's rule: the first `num_validation` mini-batches validate; or
+            "past": the steps before do. The state then carries one buffer like the parameters,
+            float32 or wider.
+        decay: d in [0, 1), with "past" alone; 0.9 where it is None. May be traced or scheduled.
+        guard: with "past" alone, what happens where Σω < 0 (in a group, with `groups`), where the
+            mini-batches as a whole point against the past: "zero", a zero update, so that the step
+            only moves the average; or "none". "zero" where it is None.
         num_batches: k, if the state is to carry the weights. `init` cannot see k, hence static.
         allow_masked: let `optax.MaskedNode` leaves pass, for use inside an `optax.partition` whose
             other labels reduce their own stacked leaves.
@@ -102,6 +122,8 @@ def bilevel_reweight(
     bfloat16, float16                               products and sums in float32
     complex                                         real part of the inner product
     None leaves, empty trees                        passed through
+    ``validation="past"``: the first step           the mean of the finite mini-batches
+    ``validation="past"``: NaN or Inf               in neither the update nor the average
     ==============================================  ==============================================
 
     Example:
@@ -119,7 +141,9 @@ def bilevel_reweight(
         >>> updates["w"].shape
         (3,)
     """
-    rule = _rule.Rule(lam, mu, num_validation, solver, normalize, nonnegative)
+    rule = _rule.Rule(
+        lam, mu, num_validation, solver, normalize, nonnegative, validation, decay, guard
+    )
     _inner_products.check_groups(groups)
 
     def init_fn(params: PyTree) -> Any:
@@ -139,10 +163,16 @@ def bilevel_reweight(
                 )
             grouping = _inner_products.resolve_groups(params, groups)
             weights = grouping.present(jnp.zeros((grouping.num_groups, k), jnp.float32))
+        if rule.from_past and params is None:
+            raise ValueError(
+                'init(None) cannot know the shapes of the past: with validation="past" pass the '
+                "parameters"
+            )
         zero = jnp.zeros((), jnp.float32)
         count = jnp.zeros((), jnp.int32)
         state = BilevelReweightState(count, zero, zero, zero, count, weights)
-        return jax.tree.map(lambda x: _inner_products.replicate_like(x, params), state)
+        state = jax.tree.map(lambda x: _inner_products.replicate_like(x, params), state)
+        return state._replace(past=_past.init_past(params)) if rule.from_past else state
 
     def update_fn(
         updates: PyTree,
@@ -152,10 +182,11 @@ def bilevel_reweight(
     ) -> tuple[PyTree, Any]:
         del extra_args
         _check_position()
+        past = state.past
         k = _inner_products.check_stack(
             updates,
-            params,
-            num_validation,
+            past.average if params is None and past is not None else params,
+            rule.held_out,
             num_batches=num_batches,
             allow_masked=allow_masked,
         )
@@ -164,16 +195,22 @@ def bilevel_reweight(
             return updates, state._replace(count=count)
         grouping = _inner_products.resolve_groups(updates, groups)
         products = _inner_products.stack_products(
-            updates, grouping, num_validation, with_gram=solver == "exact"
+            updates,
+            grouping,
+            rule.held_out,
+            with_gram=solver == "exact",
+            past=None if past is None else past.average,
         )
-        weights = _rule.weigh(products, rule)
+        weights = _rule.weigh(products, rule, _past.has_past(past))
         total = _inner_products.weighted_sum(updates, weights.values, grouping)
         new_updates = jax.tree.map(lambda x, g: x.astype(g.dtype), total, updates)
         carried = None
         if num_batches is not None:
             assert weights.values.shape[-1] == k
             carried = grouping.present(weights.values).astype(jnp.float32)
-        return new_updates, BilevelReweightState(count, *weights.health, weights=carried)
+        if past is not None:
+            past = _past.advance_by_stack(past, updates, products.sq_norms, grouping, rule)
+        return new_updates, BilevelReweightState(count, *weights.health, weights=carried, past=past)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 Scalar = Any  # a Python or NumPy number, or a traced scalar
 
 SOLVERS = ("diagonal", "exact")
+VALIDATIONS = ("batch", "past")
+GUARDS = ("zero", "none")
+PAST_DECAY = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Rule:
         solver: "diagonal" (eq. 10) or "exact" (eq. 8).
         normalize: divide ω by |ω|₁.
         nonnegative: clip ω at zero before normalising.
+        validation: "batch" (V is a part of the step's mini-batches) or "past" (the average of the
+            mean gradients of the steps before; `num_validation` then means nothing).
+        decay: of that average, in [0, 1), may be traced; None with "batch", and for `PAST_DECAY`.
+        guard: "zero" (no update where Σω < 0) or "none"; None with "batch", and for "zero".
     """
 
     lam: Scalar
@@ -37,6 +44,9 @@ class Rule:
     solver: str = "diagonal"
     normalize: bool = True
     nonnegative: bool = False
+    validation: str = "batch"
+    decay: Scalar = None
+    guard: str | None = None
 
     def __post_init__(self):
         """Raises ValueError where a concrete hyper-parameter is out of its range."""
@@ -59,6 +69,47 @@ class Rule:
             raise ValueError(
                 f"num_validation must be a positive integer, got {self.num_validation}"
             )
+        if self.validation not in VALIDATIONS:
+            known = ", ".join(VALIDATIONS)
+            raise ValueError(f"unknown validation {self.validation!r}; known: {known}")
+        if self.from_past:
+            self._check_past()
+        else:
+            for name, value in (("decay", self.decay), ("guard", self.guard)):
+                if value is not None:
+                    raise ValueError(
+                        f'{name} = {value} is for validation="past"; validation="batch" keeps no '
+                        "average of earlier steps: leave it out"
+                    )
+
+    def _check_past(self) -> None:
+        if isinstance(self.num_validation, numbers.Real) and self.num_validation != 1:
+            raise ValueError(
+                f'num_validation = {self.num_validation} is for validation="batch"; with "past" '
+                "all k mini-batches train: leave it out"
+            )
+        if self.guard is not None and self.guard not in GUARDS:
+            raise ValueError(f"unknown guard {self.guard!r}; known: {', '.join(GUARDS)}")
+        if callable(self.decay):
+            raise ValueError(
+                "decay is a schedule; wrap the factory: optax.inject_hyperparams(bilevel_reweight)"
+                '(validation="past", decay=schedule)'
+            )
+        if isinstance(self.decay, numbers.Real) and not 0 <= float(self.decay) < 1:
+            raise ValueError(
+                f"decay must be at least 0 and below 1, got {self.decay}; {PAST_DECAY} averages "
+                "about the last ten steps"
+            )
+
+    @property
+    def from_past(self) -> bool:
+        """Whether earlier steps validate, and all k mini-batches train."""
+        return self.validation == "past"
+
+    @property
+    def held_out(self) -> Any:
+        """How many leading mini-batches are not trained on; an int, or traced."""
+        return 0 if self.from_past else self.num_validation
 
     def require_streamable(self, where: str, remedy: str) -> None:
         """Raises ValueError for eq. (8), which needs all gradients at once."""
@@ -73,9 +124,10 @@ class Products(NamedTuple):
     """Inner products of k mini-batch gradients, per group of parameters.
 
     Attributes:
-        dots: Σ_{j∈V} ⟨∇ℓ_j, ∇ℓ_i⟩, shape [groups, k].
+        dots: ⟨g_v, ∇ℓ_i⟩ with the validation gradient g_v, Σ_{j∈V} ∇ℓ_j or the average of the
+            past, shape [groups, k].
         sq_norms: |∇ℓ_i|², shape [groups, k].
-        validation_sq_norm: |Σ_{j∈V} ∇ℓ_j|², shape [groups].
+        validation_sq_norm: |g_v|², shape [groups].
         gram: ⟨∇ℓ_l, ∇ℓ_i⟩, shape [groups, k, k]; None unless the solver needs it.
     """
 
@@ -91,7 +143,7 @@ class Health(NamedTuple):
     Attributes:
         cosine: mean cosine between the training mini-batches and the validation gradient.
         negative: share of the training mini-batches with a negative weight, in [0, 1].
-        effective: effective number of mini-batches (Σ|ω|)²/Σω², 0 where all ω are zero.
+        effective: effective number of mini-batches (Σ|ω|)²/Σω², 0 where there is no update.
         dropped: number of mini-batches of the k with a NaN or an Inf in their gradient.
     """
 
@@ -116,8 +168,18 @@ class Weights(NamedTuple):
     health: Health
 
 
-def diagonal_weights(dots: jax.Array, sq_norms: jax.Array, rule: Rule) -> jax.Array:
-    """ω_i = Σ_j ⟨g_j, g_i⟩ / (|g_i|²/λ̂ + μ̂), eq. (10) before its normalisation.
+def finite(sq_norms: jax.Array) -> jax.Array:
+    """Which mini-batches have no NaN and no Inf in any group: [groups, n] -> [n].
+
+    A finite |g|² is a finite g, and Cauchy-Schwarz then bounds every product.
+    """
+    return jnp.all(jnp.isfinite(sq_norms), axis=0)
+
+
+def diagonal_weights(
+    dots: jax.Array, sq_norms: jax.Array, rule: Rule, has_past: jax.Array | None = None
+) -> jax.Array:
+    """ω_i = ⟨g_v, g_i⟩ / (|g_i|²/λ̂ + μ̂), eq. (10) before its normalisation.
 
     A mini-batch whose gradient is not finite in one group gets 0 in all of them.
 
@@ -125,6 +187,8 @@ def diagonal_weights(dots: jax.Array, sq_norms: jax.Array, rule: Rule) -> jax.Ar
         dots: [groups, n].
         sq_norms: [groups, n].
         rule: gives λ̂, μ̂ and the sign constraint.
+        has_past: whether there is a past to validate with, bool []; without one all ω are alike.
+            None where the past does not validate.
 
     Returns:
         ω, [groups, n].
@@ -132,10 +196,11 @@ def diagonal_weights(dots: jax.Array, sq_norms: jax.Array, rule: Rule) -> jax.Ar
     # inject_hyperparams casts them to the parameters' dtype, complex as that may be.
     lam, mu = (jnp.real(h).astype(sq_norms.dtype) for h in (rule.lam, rule.mu))
     denominator = sq_norms / lam + mu
-    finite = jnp.all(jnp.isfinite(sq_norms), axis=0, keepdims=True)
-    usable = finite & jnp.isfinite(dots) & jnp.isfinite(denominator) & (denominator > 0)
+    all_finite = finite(sq_norms)[None]
+    usable = all_finite & jnp.isfinite(dots) & jnp.isfinite(denominator) & (denominator > 0)
     omega = jnp.where(usable, dots, 0) / jnp.where(usable, denominator, 1)
-    return jnp.maximum(omega, 0) if rule.nonnegative else omega
+    omega = jnp.maximum(omega, 0) if rule.nonnegative else omega
+    return omega if has_past is None else jnp.where(has_past, omega, all_finite)
 
 
 def exact_weights(gram: jax.Array, dots: jax.Array, rule: Rule) -> jax.Array:
@@ -179,26 +244,29 @@ def exact_weights(gram: jax.Array, dots: jax.Array, rule: Rule) -> jax.Array:
     return jnp.maximum(omega, 0) if rule.nonnegative else omega
 
 
-def weigh(products: Products, rule: Rule) -> Weights:
+def weigh(products: Products, rule: Rule, has_past: jax.Array | None = None) -> Weights:
     """Turns the inner products of one step into its weights.
 
     A training mini-batch that is not finite gets weight 0; a validation gradient that is not
-    finite, or weights that are all zero, give a zero update (scale 0). Never NaN.
+    finite, weights that are all zero, or the guard give a zero update (scale 0). Never NaN.
 
     Args:
         products: inner products of the k mini-batches, validation slots first.
         rule: the hyper-parameters.
+        has_past: whether there is a past to validate with, bool []; without one the weights are
+            uniform. None where the past does not validate.
 
     Returns:
         The normalised weights, the scale of the update and the health figures.
     """
     dots, sq_norms, validation_sq_norm, gram = products
     groups, k = sq_norms.shape
-    is_validation = jnp.arange(k)[None] < rule.num_validation
-    # A finite |g|² is a finite g, and Cauchy-Schwarz then bounds every product.
-    finite = jnp.all(jnp.isfinite(sq_norms), axis=0, keepdims=True)  # [1, k]
-    validation_finite = jnp.all(finite | ~is_validation) & jnp.all(jnp.isfinite(validation_sq_norm))
-    active = finite & ~is_validation & validation_finite
+    is_validation = jnp.arange(k)[None] < rule.held_out
+    all_finite = finite(sq_norms)[None]  # [1, k]
+    validation_finite = jnp.all(all_finite | ~is_validation) & jnp.all(
+        jnp.isfinite(validation_sq_norm)
+    )
+    active = all_finite & ~is_validation & validation_finite
     dots = jnp.where(active, dots, 0)
     sq_norms = jnp.where(active, sq_norms, 0)
 
@@ -209,10 +277,16 @@ def weigh(products: Products, rule: Rule) -> Weights:
         raw = jnp.where(active, exact_weights(gram, dots, rule), 0)
     else:
         raw = diagonal_weights(dots, sq_norms, rule)
+    if has_past is not None:
+        raw = jnp.where(has_past, raw, active)
 
     l1 = jnp.sum(jnp.abs(raw), axis=-1)
     usable = l1 >= jnp.finfo(l1.dtype).tiny  # the inverse of anything smaller is infinite
-    scale = 1 / jnp.where(usable, l1, 1) if rule.normalize else jnp.ones_like(l1)
+    if rule.from_past and rule.guard != "none":
+        usable = usable & (jnp.sum(raw, axis=-1) >= 0)
+    scale = 1 / jnp.where(usable, l1, 1)
+    if not rule.normalize:
+        scale = jnp.ones_like(l1) if has_past is None else jnp.where(has_past, 1, scale)
     scale = jnp.where(usable, scale, 0)
     values = raw * scale[:, None]
 
@@ -227,6 +301,31 @@ def weigh(products: Products, rule: Rule) -> Weights:
         effective=jnp.mean(
             jnp.where(usable, 1 / jnp.where(sum_sq > 0, sum_sq, 1), 0).astype(jnp.float32)
         ),
-        dropped=jnp.sum(~finite, dtype=jnp.int32),
+        dropped=jnp.sum(~all_finite, dtype=jnp.int32),
     )
     return Weights(values, scale, health)
+
+
+def past_rate(weight: jax.Array, num_finite: jax.Array, rule: Rule) -> tuple[jax.Array, jax.Array]:
+    """How far the average of the past moves towards the mean gradient of a step.
+
+    With the mean gradients m_s of the steps s = 1 ... t and the decay d, the average and the sum
+    of its weights are a_t = Σ_s (1-d) d^{t-s} m_s / w_t and w_t = Σ_s (1-d) d^{t-s} = 1 - d^t: an
+    exponential moving average without the bias of its start. One step of it is
+    a_t = a_{t-1} + (1-d)/w_t · (m_t - a_{t-1}), whatever d was before.
+
+    Args:
+        weight: w of the steps so far, [], 0 before the first.
+        num_finite: number of finite mini-batches of the step, int []; where it is 0 the step
+            leaves the past alone.
+        rule: gives d.
+
+    Returns:
+        The rate (1-d)/w_t, and w_t; [].
+    """
+    decay = PAST_DECAY if rule.decay is None else rule.decay
+    decay = jnp.real(decay).astype(weight.dtype)
+    new_weight = decay * weight + (1 - decay)
+    moves = (num_finite > 0) & (new_weight > 0)
+    rate = jnp.where(moves, (1 - decay) / jnp.where(moves, new_weight, 1), 0)
+    return rate, jnp.where(moves, new_weight, weight)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_bilevel import _inner_products, _rule
+from optax_bilevel import _inner_products, _past, _rule
 from optax_bilevel._inner_products import AxisName, Groups, PyTree
 
 LOOPS = ("unroll", "scan")
@@ -31,10 +31,13 @@ def bilevel_value_and_grad(
     normalize: bool = True,
     nonnegative: bool = False,
     groups: Groups = None,
+    validation: str = "batch",
+    decay: Any = None,
+    guard: str | None = None,
     loop: str | None = None,
     chunk_size: int = 1,
     axis_name: AxisName | None = None,
-) -> Callable[[PyTree, PyTree], tuple[Any, PyTree, jax.Array]]:
+) -> Callable[..., tuple[Any, ...]]:
     """Like `jax.value_and_grad`, over k mini-batches, giving the reweighted gradient.
 
     Computes what `jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))` followed by `bilevel_reweight`
@@ -44,7 +47,8 @@ def bilevel_value_and_grad(
     Args:
         loss_fn: ``loss_fn(params, batch) -> loss``, or ``-> (loss, aux)`` with `has_aux`;
             `batch` is one slice of `batches`, the loss a real scalar, the mini-batch's mean.
-        lam, mu, num_validation, normalize, nonnegative, groups: as in `bilevel_reweight`.
+        lam, mu, num_validation, normalize, nonnegative, groups, validation, decay, guard: as in
+            `bilevel_reweight`.
         has_aux: whether `loss_fn` also returns auxiliary data, such as batch statistics.
         solver: "diagonal" only; eq. (8) needs all gradients at once.
         loop: how the training mini-batches are run through: "scan" (one copy of the network,
@@ -70,10 +74,17 @@ def bilevel_value_and_grad(
         those of this device's own m mini-batches, [m] and [m, ...]; `grads` and `weights`, of all
         k, are the same on all devices.
 
+        With ``validation="past"`` the function is ``(params, batches, past) -> (value, grads,
+        weights, past)``, with ``past = init_past(params)`` before the first step: it has no state
+        of its own. Beside the gradient at hand there are then the past, the sum of the gradients,
+        and their weighted sum. With `axis_name`, `batches` leads with the device's own m, the past
+        is the same on all devices, and both sums travel: twice the traffic of `jax.lax.pmean`.
+
     Raises:
         ValueError: at construction for a hyper-parameter out of range or ``solver="exact"``; at
             trace time for leaves of `batches` that do not share their leading axis, for
-            k ≤ num_validation, and with `axis_name` for leaves without this device's own part.
+            k ≤ num_validation, with `axis_name` for leaves without this device's own part, and for
+            a `past` that is not like `params`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax_bilevel
@@ -101,7 +112,9 @@ def bilevel_value_and_grad(
         >>> losses.shape == weights.shape == (2 * jax.device_count(),)
         True
     """
-    rule = _rule.Rule(lam, mu, num_validation, solver, normalize, nonnegative)
+    rule = _rule.Rule(
+        lam, mu, num_validation, solver, normalize, nonnegative, validation, decay, guard
+    )
     rule.require_streamable(
         "bilevel_value_and_grad", "use bilevel_reweight or bilevel_pmean for it"
     )
@@ -112,16 +125,20 @@ def bilevel_value_and_grad(
         raise ValueError(f"chunk_size must be a positive integer, got {chunk_size}")
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
 
-    def reweighted(params: PyTree, batches: PyTree) -> tuple[Any, PyTree, jax.Array]:
-        end = _inner_products.leading_axis(batches, num_validation, what="batch")
+    def reweighted(
+        params: PyTree, batches: PyTree, past: _past.Past | None = None
+    ) -> tuple[Any, ...]:
+        end = _inner_products.leading_axis(batches, rule.held_out, what="batch")
         if not jax.tree.leaves(batches) or not jax.tree.leaves(params):
             raise ValueError("batches and params need at least one leaf each")
+        _past.check(past, params, rule, "init_past(params)")
+        has_past = _past.has_past(past)
         grouping = _inner_products.resolve_groups(params, groups)
         if axis_name is not None:
             # Or shard_map would add up the gradients over the devices, each time.
             params = _inner_products.vary(params, axis_name)
-            own = end - num_validation
-            k, first = _share(own, num_validation, axis_name)
+            own = end - rule.held_out
+            k, first = _share(own, rule.held_out, axis_name)
         unroll = (loop or _best_loop(loss_fn, params, batches)) == "unroll"
 
         def differentiate(start: Any, size: int) -> tuple[Any, PyTree]:
@@ -146,26 +163,32 @@ def bilevel_value_and_grad(
             values, grads = differentiate(start, size)
             dots = _inner_products.dots_with(grads, validation, grouping)
             sq_norms = _inner_products.squared_norms(grads, grouping)
-            omega = _rule.diagonal_weights(dots, sq_norms, rule)
+            omega = _rule.diagonal_weights(dots, sq_norms, rule, has_past)
             if axis_name is not None:  # the first of all repeat the validation mini-batches
-                place = first + start - num_validation + jnp.arange(size)
-                omega = jnp.where(place[None] < num_validation, 0, omega)
-            return _inner_products.weighted_sum(grads, omega, grouping), (
-                values,
-                dots.T,
-                sq_norms.T,
-            )
+                place = first + start - rule.held_out + jnp.arange(size)
+                omega = jnp.where(place[None] < rule.held_out, 0, omega)
+            sums = {"weighted": _inner_products.weighted_sum(grads, omega, grouping)}
+            if past is not None:
+                sums["plain"] = _inner_products.finite_sum(grads, sq_norms, grouping)
+            return sums, (values, dots.T, sq_norms.T)
 
-        validation, records = _accumulate(validate, None, 0, num_validation, chunk_size)
-        if axis_name is not None:
-            records = []  # the validation mini-batches come again, on the first devices
-        begin = num_validation
+        if past is None:
+            validation, records = _accumulate(validate, None, 0, num_validation, chunk_size)
+            sums = {"weighted": validation}
+        else:
+            validation = past.average
+            if axis_name is not None:
+                validation = _inner_products.vary(validation, axis_name)
+            sums = {"weighted": validation, "plain": validation}
+        if past is not None or axis_name is not None:
+            records = []  # validation mini-batches, if any, come again on the first devices
+        begin = rule.held_out
         total = None
         if not unroll and (chunks := (end - begin) // chunk_size) > 1:
             # Over indices, not slices: slicing beforehand would copy the batches.
             total, record = jax.lax.scan(
                 lambda total, start: _add(total, *train(start, chunk_size)),
-                jax.tree.map(jnp.zeros_like, validation),
+                jax.tree.map(jnp.zeros_like, sums),
                 begin + chunk_size * jnp.arange(chunks),
             )
             records.append(jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), record))
@@ -184,9 +207,15 @@ def bilevel_value_and_grad(
             total, dots, sq_norms, validation_sq_norm = jax.lax.psum(
                 (total, dots, sq_norms, validation_sq_norm), axis_name
             )
-        weights = _rule.weigh(_rule.Products(dots.T, sq_norms.T, validation_sq_norm), rule)
-        grads = _inner_products.scale_and_cast(total, weights.scale, grouping, like=params)
-        return values, grads, grouping.present(weights.values)
+        products = _rule.Products(dots.T, sq_norms.T, validation_sq_norm)
+        weights = _rule.weigh(products, rule, has_past)
+        grads = _inner_products.scale_and_cast(
+            total["weighted"], weights.scale, grouping, like=params
+        )
+        result = (values, grads, grouping.present(weights.values))
+        if past is None:
+            return result
+        return *result, _past.advance(past, total["plain"], products.sq_norms, rule)
 
     return reweighted
 

@@ -3,6 +3,7 @@
 Run by test_pod.py in a process of its own, with libtpu on the path.
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import optax_bilevel
 
 
-def compile_step(devices, widths, dtype, shape, reduce):
+def compile_step(devices, widths, dtype, shape, reduce, *, past=False):
     names = ("batch", "example")[: len(shape)]
     mesh = Mesh(np.array(devices).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
 
@@ -26,12 +27,14 @@ def compile_step(devices, widths, dtype, shape, reduce):
             x = jax.nn.relu(x @ w + b)
         return jnp.mean(jnp.square(x.astype(jnp.float32)))
 
-    def step(params, x):
+    def step(params, x, *rows):
         varying = jax.lax.pcast(params, names, to="varying")
-        grads = reduce(jax.grad(loss)(varying, x))
-        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+        grads = reduce(jax.grad(loss)(varying, x), *rows)
+        grads, *rows = grads if past else (grads,)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), *rows
 
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(names)), out_specs=P())
+    rows = (optax_bilevel.Past(P(names), P()),) * past
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(names), *rows), out_specs=(P(), *rows))
     replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(names))
     params = [
         (
@@ -41,6 +44,14 @@ def compile_step(devices, widths, dtype, shape, reduce):
         for a, b in itertools.pairwise(widths)
     ]
     x = jax.ShapeDtypeStruct((8 * len(devices), widths[0]), dtype, sharding=split)
+    if past:
+        make = functools.partial(optax_bilevel.init_past, num_devices=len(devices))
+        shapes = jax.eval_shape(make, params)
+        rows = optax_bilevel.Past(
+            jax.tree.map(lambda a: a.update(sharding=split), shapes.average),
+            shapes.weight.update(sharding=replicated),
+        )
+        return jax.jit(mapped).lower(params, x, rows).compile().as_text()
     return jax.jit(mapped).lower(params, x).compile().as_text()
 
 
@@ -72,6 +83,16 @@ def main():
                 )
                 for solver in ("diagonal", "exact")
             },
+            "past": compile_step(
+                topology.devices,
+                widths,
+                dtype,
+                shape,
+                lambda g, past, example_axis=example_axis: optax_bilevel.bilevel_pmean(
+                    g, "batch", validation="past", past=past, example_axis=example_axis
+                ),
+                past=True,
+            ),
         }
     json.dump(texts, sys.stdout)
 

@@ -44,7 +44,7 @@ needs_libtpu = pytest.mark.skipif(
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", ["diagonal", "exact"])
+@pytest.mark.parametrize("solver", ["diagonal", "exact", "past"])
 @pytest.mark.parametrize("case", ["even", "odd", "bfloat16", "two axes"])
 def test_moves_what_pmean_moves(case, solver):
     ours = traffic.bytes_moved(texts()[case][solver], 16)

@@ -44,8 +44,10 @@ TRANSFORMATIONS = {
         optax.inject_hyperparams(bilevel_reweight)(mu=optax.constant_schedule(0.1), num_batches=K),
         True,
     ),
+    "past": (bilevel_reweight(validation="past", num_batches=K), True),
     "multi_steps": (bilevel_multi_steps(optax.sgd(0.1, momentum=0.9), 3), False),
     "multi_steps per leaf": (bilevel_multi_steps(optax.adam(0.1), 3, groups="leaf"), False),
+    "multi_steps past": (bilevel_multi_steps(optax.sgd(0.1), 3, validation="past"), False),
 }
 every = pytest.mark.parametrize(
     ("tx", "stacked"), TRANSFORMATIONS.values(), ids=list(TRANSFORMATIONS)
@@ -125,7 +127,7 @@ def test_state_may_be_donated_and_carried_by_a_loop(tx, stacked):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", ["per leaf", "in a chain", "multi_steps"])
+@pytest.mark.parametrize("name", ["per leaf", "in a chain", "multi_steps", "past"])
 def test_state_keeps_its_type_on_a_mesh(name, axis_type):
     tx, stacked = TRANSFORMATIONS[name]
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
