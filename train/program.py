@@ -149,9 +149,9 @@ def build(
     multi_label: bool,
     steps_per_epoch: int,
 ) -> Program:
-    """Builds the functions of a run; configs that differ in the seed alone share them."""
+    """Builds the functions of a run; configs that differ in seed and labels alone share them."""
     return _build(
-        dataclasses.replace(config, seed=0),
+        dataclasses.replace(config, seed=0, noise="none", noise_rate=0.0),
         image_shape,
         max_value,
         num_classes,
@@ -192,7 +192,7 @@ def _build(
         return state_of(create(key))
 
     def init(key: jax.Array) -> State:
-        if config.pretrained is None:
+        if config.pretrained is None or not config.pretrained.endswith(".safetensors"):
             return start(key)
         model = create(key)
         assert isinstance(model, models.ResNet50)
