@@ -24,9 +24,10 @@ USAGE = """usage: python -m train [COMMAND] [OPTIONS]; --help after a command li
 
   demo       compare methods on noisy labels and draw the result (the default)
   run        train one config in a run directory, or go on with it
+  experiment train the arms of a table or figure of the paper
   evaluate   measure the newest checkpoint of a run directory
   relabel    label the training set by a run's network, dropout left on: realistic noise
-  list       data sets, networks, methods, augmentations, label noise
+  list       experiments, data sets, networks, methods, augmentations, label noise
   models     every network with its input size, classes and parameter count
   prepare    prepare a data set, once
 
@@ -105,6 +106,49 @@ def _run(args: list[str], console: Console) -> None:
     _print_figures(result, console)
 
 
+def _experiment(args: list[str], console: Console) -> None:
+    from train import experiments
+    from train.experiments import runner
+
+    @dataclasses.dataclass(frozen=True)
+    class Experiment:
+        """Trains the arms of a table or figure of the paper; start it again to go on.
+
+        Finished runs are not trained again. Two processes can share the work.
+        """
+
+        name: Annotated[
+            tyro.conf.Positional[str], Help(help=f"one of {', '.join(experiments.NAMES)}")
+        ]
+        scale: Annotated[
+            Literal["paper", "laptop"],
+            Help(help="paper: its protocol to the letter; laptop: real data, minutes a run"),
+        ]
+        dry_run: Annotated[bool, Help(help="show the arms, their steps and their time")] = False
+        only: Annotated[tuple[str, ...], Help(help="labels of arms; without: all")] = ()
+        seeds: Annotated[
+            tuple[int, ...], Help(help="of every arm; without: the experiment's own")
+        ] = ()
+        data_dir: Annotated[
+            str | None, Help(help="where the data are, if not in the default place")
+        ] = None
+        out: Annotated[pathlib.Path, Help(help="the folder of all experiments' runs")] = runner.ROOT
+
+    chosen = tyro.cli(Experiment, args=args, prog="python -m train experiment")
+    choice = runner.Choice(
+        experiments.load(chosen.name),
+        chosen.scale,
+        chosen.out,
+        chosen.only,
+        chosen.seeds,
+        chosen.data_dir,
+    )
+    if chosen.dry_run:
+        runner.plan(choice, console)
+    else:
+        runner.run(choice, console)
+
+
 def _evaluate(args: list[str], console: Console) -> None:
     from train import trainer
 
@@ -149,9 +193,10 @@ def _print_figures(figures: dict[str, Any], console: Console) -> None:
 def _list(args: list[str], console: Console) -> None:
     tyro.cli(lambda: None, args=args, prog="python -m train list")
     import models
-    from train import augment, data, methods, noise
+    from train import augment, data, experiments, methods, noise
 
     for title, names in (
+        ("experiments", experiments.NAMES),
         ("data sets", data.NAMES),
         ("networks", models.names()),
         ("methods", methods.NAMES),
@@ -197,6 +242,7 @@ def _prepare(args: list[str], console: Console) -> None:
 COMMANDS = {
     "demo": _demo,
     "run": _run,
+    "experiment": _experiment,
     "evaluate": _evaluate,
     "relabel": _relabel,
     "list": _list,

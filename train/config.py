@@ -31,9 +31,15 @@ class Config:
     train_size: Annotated[int | None, Help(help="train on this many examples, a fixed choice")] = (
         None
     )
+    test_size: Annotated[
+        int | None, Help(help="measure on this many test images, a fixed choice")
+    ] = None
     network: Annotated[str, Help(help="network, one of `python -m train models`")] = "mlp"
     pretrained: Annotated[
-        str | None, Help(help="start resnet50 from these torchvision weights (.safetensors)")
+        str | None,
+        Help(
+            help="start from the network of this run; resnet50 also from torchvision's .safetensors"
+        ),
     ] = None
     hidden: Annotated[tuple[int, ...] | None, Help(help="widths of the hidden layers of `mlp`")] = (
         None
@@ -132,8 +138,9 @@ class Config:
         for name, low, high in (
             ("k", 2, None), ("b", 1, None), ("epochs", 1, None), ("seed", 0, None),
             ("noise_rate", 0, 1), ("validation_ratio", 0, 0.9), ("momentum", 0, 1),
-            ("train_size", 1, None), ("image_size", 1, None), ("weight_decay", 0, None),
-            ("bootstrap_beta", 0, 1), ("loss_percentile", 0, 100), ("group_norm", 0, None),
+            ("train_size", 1, None), ("test_size", 1, None), ("image_size", 1, None),
+            ("weight_decay", 0, None), ("bootstrap_beta", 0, 1), ("loss_percentile", 0, 100),
+            ("group_norm", 0, None),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= (math.inf if high is None else high):
@@ -157,8 +164,10 @@ class Config:
             )
         if self.hidden is not None and self.network != "mlp":
             raise ConfigError(f"hidden is for the network mlp, not {self.network}")
-        if self.pretrained is not None and self.network != "resnet50":
-            raise ConfigError(f"pretrained is for the network resnet50, not {self.network}")
+        if (self.pretrained or "").endswith(".safetensors") and self.network != "resnet50":
+            raise ConfigError(
+                f"weights in .safetensors are for the network resnet50, not {self.network}"
+            )
         if self.validation_ratio and self.sampling == "random":
             raise ConfigError("validation_ratio needs sampling = stratified, not random")
         if self.clean_validation and not self.validation_ratio:

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from train import methods as method_files
 from train import trainer
+from train.arms import Outcome, Run, train_all
 from train.config import Config, ConfigError
-from train.progress import Display
-from train.run_directory import environment, read_metrics, write_json
+from train.run_directory import InUseError, environment, write_json
 
 Help = tyro.conf.arg
 
@@ -81,18 +81,20 @@ def run(demo: Demo, console: Console) -> dict[str, Any]:
     problem = trainer.load_problem(arms[0])
     describe(problem, demo.config, console)
     started = time.monotonic()
-    results: dict[str, list[tuple[dict[str, Any], list[dict[str, Any]]]]] = {}
-    with Display(console) as display:
-        for number, config in enumerate(arms, 1):
-            directory = demo.out / "arms" / f"{config.method}-s{config.seed}-{config.digest()}"
-            # Noise, and with it the number of k-tuples of a class, differs between seeds.
-            steps = config.epochs * trainer.load_problem(config).order.steps_per_epoch
-            title = f"[{number}/{len(arms)}] {config.method}, seed {config.seed}"
-            options = display.follow(title, steps, config)
-            options.tensorboard = False
-            options.devices = 1
-            result = trainer.train(config, directory, options)
-            results.setdefault(config.method, []).append((result, read_metrics(directory)))
+    runs = [
+        Run(
+            f"[{number}/{len(arms)}] {config.method}, seed {config.seed}",
+            config,
+            demo.out / "arms" / f"{config.method}-s{config.seed}-{config.digest()}",
+        )
+        for number, config in enumerate(arms, 1)
+    ]
+    outcomes = train_all(runs, console)
+    results: dict[str, list[Outcome]] = {}
+    for run in runs:
+        if run.directory not in outcomes:
+            raise InUseError(f"{run.directory} is in use by another process; start again after it")
+        results.setdefault(run.config.method, []).append(outcomes[run.directory])
     summary = summarize(demo, results)
     write_json(demo.out / "summary.json", summary)
     console.print(table(summary))

@@ -155,12 +155,12 @@ def build(
     steps_per_epoch: int,
     layout: Layout | None = None,
 ) -> Program:
-    """Builds the functions of a run; configs that differ in the seed alone share them.
+    """Builds the functions of a run; configs that differ in seed and labels alone share them.
 
     With a layout they work on its mesh, else on one device.
     """
     return _build(
-        dataclasses.replace(config, seed=0),
+        dataclasses.replace(config, seed=0, noise="none", noise_rate=0.0),
         image_shape,
         max_value,
         num_classes,
@@ -203,7 +203,7 @@ def _build(
         return state_of(create(key))
 
     def init(key: jax.Array) -> State:
-        if config.pretrained is None:
+        if config.pretrained is None or not config.pretrained.endswith(".safetensors"):
             return compiled_start(key)
         model = create(key)
         assert isinstance(model, models.ResNet50)

@@ -15,7 +15,7 @@ from train.trainer import Options
 
 
 class Display:
-    """A bar per run: epoch, test accuracy, images per second, time left or taken."""
+    """A bar for the run at hand: epoch, test accuracy, images per second, time left or taken."""
 
     def __init__(self, console: Console):
         """Draws on `console`."""
@@ -38,7 +38,9 @@ class Display:
         self._progress.stop()
 
     def follow(self, title: str, steps: int, config: Config) -> Options:
-        """Options of a run that make it report to a new bar."""
+        """Options of a run that make it report to a bar, which replaces the one before."""
+        for done in self._progress.task_ids:
+            self._progress.remove_task(done)
         task = self._progress.add_task(title, total=steps, figures="")
 
         def on_epoch(line: dict[str, Any]) -> None:
@@ -52,3 +54,9 @@ class Display:
             self._progress.update(task, completed=step)
 
         return Options(on_epoch=on_epoch, on_step=on_step, on_finished=on_epoch)
+
+    def say(self, line: str) -> None:
+        """Prints a line, which stays, in place of the bar."""
+        for done in self._progress.task_ids:
+            self._progress.remove_task(done)
+        self._progress.console.print(line)

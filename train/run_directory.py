@@ -28,6 +28,10 @@ class RunDirectoryError(RuntimeError):
     """The folder is in use, or holds another run."""
 
 
+class InUseError(RunDirectoryError):
+    """Another process holds the folder."""
+
+
 class RunDirectory:
     """A run's folder, held by this process from `__enter__` to `__exit__`.
 
@@ -48,7 +52,8 @@ class RunDirectory:
         """Creates and locks the folder.
 
         Raises:
-            RunDirectoryError: if another process holds it, or it holds a run of another config.
+            InUseError: if another process holds it.
+            RunDirectoryError: if it holds a run of another config.
         """
         if not self.writes:
             return self
@@ -58,7 +63,7 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise RunDirectoryError(
+            raise InUseError(
                 f"{self.path} is in use by another process; wait for it or take another folder"
             ) from error
         try:

@@ -5,7 +5,9 @@ import dataclasses
 import functools
 import json
 import pathlib
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -94,17 +96,11 @@ def load_problem(config: Config) -> Problem:
         ValueError: if the choices do not fit the data.
     """
     dataset = _dataset(config.dataset, config.data_dir, config.image_size)
-    train = dataset.train
-    if config.train_size is not None and config.train_size < len(train):
-        rng = np.random.default_rng([_SUBSET, config.train_size])  # the same for all seeds
-        train = train.take(np.sort(rng.permutation(len(train))[: config.train_size]))
-    elif config.train_size is not None and config.train_size > len(train):
-        raise ConfigError(
-            f"train_size is {config.train_size}, and {config.dataset} has {len(train)} examples"
-        )
+    train = _subset(dataset.train, "train_size", config)
+    test = _subset(dataset.test, "test_size", config)
     if config.pixels != "natural":
-        train, test = (_permuted(split, config) for split in (train, dataset.test))
-        dataset = dataclasses.replace(dataset, test=test)
+        train, test = (_permuted(split, config) for split in (train, test))
+    dataset = dataclasses.replace(dataset, test=test)
     true = train.labels
     if config.noise.endswith(".npz"):
         given = noise.from_file(config.noise, true, dataset.num_classes)
@@ -119,6 +115,16 @@ def load_problem(config: Config) -> Problem:
     given, order = _order(config, dataset, given, true)
     train = dataclasses.replace(train, labels=given)
     return Problem(dataclasses.replace(dataset, train=train), true, order)
+
+
+def _subset(split: data.Split, name: str, config: Config) -> data.Split:
+    size = getattr(config, name)
+    if size is None or size == len(split):
+        return split
+    if size > len(split):
+        raise ConfigError(f"{name} is {size}, and {config.dataset} has {len(split)} examples")
+    rng = np.random.default_rng([_SUBSET, size])  # the same for all seeds
+    return split.take(np.sort(rng.permutation(len(split))[:size]))
 
 
 def _permuted(split: data.Split, config: Config) -> data.Split:
@@ -200,6 +206,7 @@ def train(
     """
     options = options or Options()
     distributed.check_alike(json.dumps(config.to_json()), "configs")
+    reset_peak_memory()
     with RunDirectory(directory, config, writes=distributed.writes()) as run:
         result_file = directory / "result.json"
         if result_file.exists():
@@ -219,7 +226,7 @@ def train(
             history = _loop(
                 config, problem, program, run, checkpoints, asked_to_stop, write_scalars, options
             )
-        result = summarize(history)
+        result = {**summarize(history), "memory_mb": peak_memory()}
         if run.writes:
             write_json(result_file, result)
         return result
@@ -245,6 +252,8 @@ def _loop(
         part = program.layout.part((config.k, config.b))
 
     state = program.init(init_key)
+    if config.pretrained is not None and not config.pretrained.endswith(".safetensors"):
+        state = _network_of(pathlib.Path(config.pretrained), state)
     restored = checkpoints.restore(state)
     state = state if restored is None else restored
     step = int(state.step)
@@ -402,6 +411,18 @@ def _open(directory: pathlib.Path) -> tuple[Config, Problem, Program, State]:
     return config, problem, program, state
 
 
+def _network_of(directory: pathlib.Path, state: State) -> State:
+    """The state with the network of a run directory's newest checkpoint."""
+    *_, trained = _open(directory)
+
+    def shapes(of: State) -> Any:
+        return jax.tree.map(jax.numpy.shape, (of.params, of.batch_stats))
+
+    if shapes(trained) != shapes(state):
+        raise ConfigError(f"the network of {directory} is not of the shape that this run trains")
+    return state._replace(params=trained.params, batch_stats=trained.batch_stats)
+
+
 def relabel_run(directory: pathlib.Path, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Labels the training set by a run's network with dropout left on, the paper's noise model.
 
@@ -483,6 +504,18 @@ def summarize(history: list[dict[str, Any]]) -> dict[str, Any]:
         "steps": last["step"],
         "seconds": last["seconds"],
     }
+
+
+def reset_peak_memory() -> None:
+    """Lets `peak_memory` start anew, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float:
+    """The most main memory that this process has held at a time, in megabytes of 1e6 bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 @contextlib.contextmanager

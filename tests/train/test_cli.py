@@ -83,7 +83,8 @@ def test_help_names_every_command_and_exit_code():
 def test_an_unknown_command_lists_the_known_ones(capsys):
     assert call("trian") == 2
     assert capsys.readouterr().err == (
-        "unknown command 'trian'; known: demo, run, evaluate, relabel, list, models, prepare\n"
+        "unknown command 'trian'; known: demo, run, experiment, evaluate, relabel, list, models, "
+        "prepare\n"
     )
 
 

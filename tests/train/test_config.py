@@ -89,7 +89,10 @@ def test_noise_may_be_a_file():
             {"network": "cifarnet", "hidden": (8,)},
             "hidden is for the network mlp, not cifarnet",
         ),
-        ({"pretrained": "w.safetensors"}, "pretrained is for the network resnet50, not mlp"),
+        (
+            {"pretrained": "w.safetensors"},
+            "weights in .safetensors are for the network resnet50, not mlp",
+        ),
         ({"clean_validation": True}, "clean_validation needs a validation_ratio above 0"),
         (
             {"validation_ratio": 0.1, "sampling": "random"},
@@ -110,7 +113,7 @@ def test_values_at_the_ends_of_their_ranges_are_taken():
 
 # Something else than the default in every field; what must go with it comes after.
 OTHER = {
-    "dataset": "mnist", "data_dir": "somewhere", "image_size": 9, "train_size": 7,
+    "dataset": "mnist", "data_dir": "somewhere", "image_size": 9, "train_size": 7, "test_size": 8,
     "network": "cifarnet", "hidden": (3, 4), "augmentation": "inception", "method": "uniform",
     "k": 9, "b": 9,
     "lam": 2.0, "mu": 0.02, "num_validation": 2, "normalize": False, "nonnegative": True,

@@ -112,7 +112,9 @@ def test_metrics_have_a_line_per_epoch(finished):
 def test_the_result_sums_the_metrics_up(finished):
     lines = read_metrics(finished)
     best = max(lines, key=lambda line: line["test"])
-    assert read_json(finished / "result.json") == {
+    result = read_json(finished / "result.json")
+    assert 100 < result.pop("memory_mb") < 100_000
+    assert result == {
         "test_last": lines[-1]["test"],
         "test_best": best["test"],
         "best_epoch": best["epoch"],

@@ -9,7 +9,7 @@ from train import trainer
 from train.config import Config
 from train.program import Program
 
-TIMING = {"images_per_second", "waiting", "seconds"}
+TIMING = {"images_per_second", "waiting", "seconds", "memory_mb"}
 
 
 def config(**changes: Any) -> Config:

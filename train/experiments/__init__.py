@@ -1,0 +1,37 @@
+"""The tables and figures of the paper, each at two scales: ``python -m train experiment NAME``.
+
+One file is one table or figure: its docstring gives the command, the paper's numbers, what it
+needs and what was measured here; its `EXPERIMENT` names the arms. `common` has what they share,
+`runner` trains them.
+"""
+
+import importlib
+
+from train.config import ConfigError
+from train.experiments.common import Experiment
+
+__all__ = ["NAMES", "Experiment", "load"]
+
+NAMES = (
+    "figure2",
+    "table1",
+    "table2",
+    "figure3",
+    "figure4",
+    "table3",
+    "table4",
+    "clothing1m",
+    "figure5",
+)
+"""The names that `load` knows, in the order of the paper."""
+
+
+def load(name: str) -> Experiment:
+    """The experiment of a name.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"unknown experiment {name!r}; known: {', '.join(NAMES)}")
+    return importlib.import_module(f"train.experiments.{name}").EXPERIMENT
