@@ -120,10 +120,13 @@ def test_soft_bootstrapping_is_cross_entropy_regularised_by_entropy(beta, used):
 # --------------------------------------------------------------------------------------- mixup
 
 
+draw = jax.jit(augment.mixup, static_argnames="alpha")
+
+
 def mix(key, images, labels, alpha):
     """Mixed images and labels, from the λ and the partners that `augment.mixup` draws."""
     number = jnp.arange(len(images))
-    _, partners, lam = augment.mixup(jax.random.fold_in(key, 1), images, number, alpha)
+    _, partners, lam = draw(jax.random.fold_in(key, 1), images, number, alpha)
     partners, lam = np.asarray(partners), float(lam)
     assert 0 < lam < 1
     assert (partners != np.arange(len(images))).any()
@@ -134,7 +137,7 @@ def mix(key, images, labels, alpha):
     )
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.2])
+@pytest.mark.parametrize("alpha", [1.0, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_mixup_takes_the_step_as_one_mini_batch(alpha):
     batches = make_batches()
     images, labels, _ = flat()
@@ -176,6 +179,7 @@ def test_mini_batches_that_share_their_key_mix_alike():
     assert np.ptp(result.weights[1:]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mixup", "bilevel_mixup"])
 def test_mixup_is_for_several_labels_too(method):
     batches = make_batches()
@@ -424,7 +428,10 @@ def test_azadi_is_for_several_labels_too():
     assert np.abs(after["head"]["linear"]["kernel"] - plain["head"]["kernel"]).max() > 1e-4
 
 
-@pytest.mark.parametrize("method", ["noise_layer", "mentornet", "azadi", "bilevel_mixup"])
+@pytest.mark.parametrize(
+    "method",
+    ["noise_layer", "mentornet", "azadi", pytest.param("bilevel_mixup", marks=pytest.mark.slow)],
+)
 def test_the_state_keeps_its_structure_shapes_and_dtypes(method):
     program = build(method, hidden=())
     before = program.init(jax.random.key(0))

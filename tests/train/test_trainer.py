@@ -203,7 +203,9 @@ def test_a_run_that_is_interrupted_ends_in_the_same_bits(finished_random, tmp_pa
     assert_same_run(tmp_path, finished_random, RANDOM)
 
 
-@pytest.mark.parametrize("method", ["mentornet", "noise_layer", "bilevel_mixup"])
+@pytest.mark.parametrize(
+    "method", ["mentornet", "noise_layer", pytest.param("bilevel_mixup", marks=pytest.mark.slow)]
+)
 def test_what_a_method_carries_is_in_the_checkpoint(tmp_path, method):
     config = tiny.config(method=method, dropout_rate=0.3, epochs=2)
     reference, stopped = tmp_path / "reference", tmp_path / "stopped"

@@ -40,8 +40,8 @@ class NoiseLayer(models.Network):
         k = network.num_classes
         self.num_classes, self.input_shape = k, network.input_shape
         self.network = network
-        start = jnp.where(jnp.eye(k, dtype=bool), 1 - epsilon, epsilon / (k - 1))
-        self.channel = nnx.Param(jnp.log(start))
+        other = epsilon / (k - 1)
+        self.channel = nnx.Param(jnp.log(other + (1 - epsilon - other) * jnp.eye(k)))
         self.deterministic = False
 
     @property
