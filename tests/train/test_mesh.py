@@ -95,6 +95,11 @@ def slow(*values):
         slow("uniform", 4, False, {}),
         slow("sgd", 8, True, {"dropout_rate": 0.5}),
         slow("sgd", 4, False, {}),
+        slow("bilevel_mixup", 4, False, {}),
+        slow("bilevel_mixup", 16, True, {}),
+        slow("mixup", 4, False, {}),
+        slow("mentornet", 8, True, {}),
+        slow("azadi", 8, False, {}),
     ],
 )
 def test_trains_to_the_state_of_one_device(method, k, sharded, changes):

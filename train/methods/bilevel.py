@@ -140,7 +140,7 @@ def _collective(layout: Layout, options: dict[str, Any]) -> GradientFn:
             on_device,
             mesh=layout.mesh,
             in_specs=(P(), Batch(examples, examples, each)),
-            out_specs=(each, Aux(examples, each), P(), P()),
+            out_specs=(each, Aux(examples, each, each), P(), P()),
         )
         losses, aux, grads, weights = mapped(params, batches)
         return Gradient(losses, aux, grads, _per_mini_batch(weights), state)
