@@ -69,7 +69,7 @@ def _run(args: list[str], console: Console) -> None:
             Help(help="on several devices: copied to each, or spread over them (FSDP)"),
         ] = "replicated"
         distributed: Annotated[
-            bool, Help(help="one of several processes, detected on TPU pods, SLURM, Kubernetes")
+            bool, Help(help="one of several processes; on TPU pods, SLURM and Open MPI found")
         ] = False
         coordinator: Annotated[
             str | None, Help(help="HOST:PORT of the first process, where it is not detected")

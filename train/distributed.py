@@ -27,7 +27,7 @@ def initialize(
 
     Args:
         coordinator: HOST:PORT of the first process. None, as for the others, where JAX finds it
-            out by itself: on TPU pods, under SLURM, Open MPI and Kubernetes.
+            out by itself: on TPU pods, under SLURM and Open MPI.
         num_processes: how many there are.
         process_id: which one this is, from 0.
 
@@ -38,7 +38,7 @@ def initialize(
     if any(given) and not all(given):
         raise ValueError(
             "give --coordinator, --num-processes and --process-id together, or none of them where "
-            "the cluster is detected (TPU pods, SLURM, Open MPI, Kubernetes)"
+            "the cluster is detected (TPU pods, SLURM, Open MPI)"
         )
     jax.distributed.initialize(
         coordinator,

@@ -169,7 +169,7 @@ def layout_of(config: Config, options: Options) -> Layout | None:
     Raises:
         ValueError: if k or b do not fit the number of devices.
     """
-    if (options.devices or jax.device_count()) == 1:
+    if (options.devices or jax.device_count()) == 1 and jax.process_count() == 1:
         return None
     sharded = options.parameters == "sharded"
     return mesh.choose(config.k, config.b, options.devices, sharded=sharded)

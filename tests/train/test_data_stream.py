@@ -68,6 +68,14 @@ def test_a_process_reads_its_part_only(in_memory):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
+def test_in_order_reads_its_part_only(in_memory):
+    part = (np.arange(2, 4),)
+    for indices, images, valid in data.in_order(make(8, in_memory), 4, part=part, num_workers=0):
+        assert (indices.shape, valid.shape) == ((4,), (4,))
+        np.testing.assert_array_equal(images[:, 0, 0, 0], indices[2:])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
 def test_in_order_covers_everything_once(in_memory):
     parts = list(data.in_order(make(10, in_memory), 4, num_workers=0))
     assert [images.shape for _, images, _ in parts] == [(4, 2, 3, 1)] * 3
