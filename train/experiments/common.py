@@ -129,8 +129,6 @@ CIFARNET = Config(
     epochs=200,
     learning_rate=0.01,
     weight_decay=5e-4,
-    noise="none",
-    noise_rate=0.0,
 )
 INCEPTION = dataclasses.replace(
     CIFARNET, network="inception", augmentation="inception", learning_rate=0.1
@@ -146,8 +144,6 @@ LAPTOP = Config(
     b=8,
     epochs=40,
     learning_rate=0.03,
-    noise="none",
-    noise_rate=0.0,
 )
 LAPTOP_CIFARNET = Config(
     dataset="fashion_mnist",
@@ -159,8 +155,6 @@ LAPTOP_CIFARNET = Config(
     b=8,
     epochs=30,
     learning_rate=0.03,
-    noise="none",
-    noise_rate=0.0,
 )
 LAPTOP_INCEPTION = Config(
     dataset="fashion_mnist",
@@ -172,8 +166,6 @@ LAPTOP_INCEPTION = Config(
     b=8,
     epochs=20,
     learning_rate=0.1,
-    noise="none",
-    noise_rate=0.0,
 )
 
 
