@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from train import methods
 from train.config import Config
 
 Scale = Literal["paper", "laptop"]
@@ -114,7 +113,6 @@ def compare(
             paper=(paper or {}).get(name, {}),
         )
         for name in names
-        if METHODS[name]["method"] in methods.NAMES
     ]
 
 
