@@ -25,6 +25,7 @@ USAGE = """usage: python -m train [COMMAND] [OPTIONS]; --help after a command li
   demo       compare methods on noisy labels and draw the result (the default)
   run        train one config in a run directory, or go on with it
   experiment train the arms of a table or figure of the paper
+  report     a page, figures and tables of what experiments and runs have given
   evaluate   measure the newest checkpoint of a run directory
   relabel    label the training set by a run's network, dropout left on: realistic noise
   list       experiments, data sets, networks, methods, augmentations, label noise
@@ -149,6 +150,31 @@ def _experiment(args: list[str], console: Console) -> None:
         runner.run(choice, console)
 
 
+def _report(args: list[str], console: Console) -> None:
+    from train.experiments import runner
+
+    @dataclasses.dataclass(frozen=True)
+    class Report:
+        """Makes a page, figures and tables of finished runs, whatever else is still running."""
+
+        runs: Annotated[
+            tyro.conf.Positional[tuple[pathlib.Path, ...]],
+            Help(help="run directories, or folders of them"),
+        ] = (runner.ROOT,)
+        out: Annotated[pathlib.Path, Help(help="the folder to write")] = pathlib.Path("report")
+        docs: Annotated[
+            pathlib.Path | None,
+            Help(help="write summary.json, tables and figures here too, for the documentation"),
+        ] = None
+
+    chosen = tyro.cli(Report, args=args, prog="python -m train report")
+    # Matplotlib takes a second to import: after the options are read.
+    from train import report
+
+    arms = report.write(chosen.runs, chosen.out, chosen.docs)
+    console.print(f"{arms} arms: {chosen.out / 'index.html'}")
+
+
 def _evaluate(args: list[str], console: Console) -> None:
     from train import trainer
 
@@ -243,6 +269,7 @@ COMMANDS = {
     "demo": _demo,
     "run": _run,
     "experiment": _experiment,
+    "report": _report,
     "evaluate": _evaluate,
     "relabel": _relabel,
     "list": _list,

@@ -187,6 +187,22 @@ class Config:
         hidden = fields.get("hidden")
         return cls(**{**fields, "hidden": None if hidden is None else tuple(hidden)})
 
+    def flags(self) -> list[str]:
+        """The options of ``python -m train run`` that differ from the defaults."""
+        options = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            name = field.name.replace("_", "-")
+            if value == field.default:
+                continue
+            if isinstance(value, bool):
+                options.append(f"--{name}" if value else f"--no-{name}")
+            elif isinstance(value, tuple):
+                options += [f"--{name}", *map(str, value)]
+            else:
+                options += [f"--{name}", str(value)]
+        return options
+
     def digest(self) -> str:
         """Eight characters that tell configs apart."""
         text = json.dumps(self.to_json(), sort_keys=True)

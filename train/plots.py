@@ -1,6 +1,8 @@
 """Pictures of runs."""
 
+import io
 import pathlib
+import re
 from typing import Any
 
 import matplotlib
@@ -10,6 +12,7 @@ from train.program import OMEGA_BINS, OMEGA_RANGE, SHARE_BINS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 Runs = dict[str, list[list[dict[str, Any]]]]  # method -> seeds -> lines of metrics
 
@@ -18,7 +21,20 @@ STYLES = {
     "uniform": ("uniform control", "#d55e00", "-"),
     "bilevel": ("bilevel, eq. (10)", "#0072b2", "-"),
     "bilevel_exact": ("bilevel, eq. (8)", "#009e73", "-"),
+    "label_smoothing": ("label smoothing", "#b8860b", ":"),
+    "dropout": ("dropout, keep 0.3", "#8c6d5a", ":"),
+    "mixup": ("mixup", "#cc79a7", "--"),
+    "bootstrapping": ("bootstrapping", "#9467bd", ":"),
+    "noise_layer": ("noise layer", "#17a2b8", ":"),
+    "azadi": ("AIR regularizer", "#7a8f2a", ":"),
+    "mentornet": ("MentorNet", "#c0504d", ":"),
+    "bilevel_mixup": ("bilevel + mixup", "#7b3294", "-"),
 }
+
+
+def style(series: str) -> tuple[str, str | None, str]:
+    """Label, colour and line of a method; of anything else its own name."""
+    return STYLES.get(series, (series, None, "-"))
 
 
 def draw_demo(runs: Runs, file: pathlib.Path) -> None:
@@ -49,8 +65,15 @@ def draw_demo(runs: Runs, file: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def _curve(axes: Any, method: str, seeds: list[list[dict[str, Any]]], name: str) -> None:
-    label, color, line = STYLES.get(method, (method, None, "-"))
+def _curve(
+    axes: Any,
+    method: str,
+    seeds: list[list[dict[str, Any]]],
+    name: str,
+    otherwise: str | None = None,
+) -> None:
+    label, color, line = style(method)
+    color = color or otherwise
     epochs = [entry["epoch"] for entry in seeds[0]]
     values = np.array([[entry[name] for entry in lines] for lines in seeds])
     mean = values.mean(0)
@@ -83,8 +106,141 @@ def _histogram(axes: Any, method: str, seeds: list[list[dict[str, Any]]]) -> Non
     axes.set_yscale("log")
     axes.set_ylim(max(low, 1e-5), 20 * high)  # room for the legend
     axes.set(
-        title=f"Weights of mini-batches, {STYLES[method][0]}",
+        title=f"Weights of mini-batches, {style(method)[0]}",
         xlabel="ω̂ · (k-1); the outer bars are all beyond ±5",
         ylabel="share of mini-batches",
     )
     axes.legend(frameon=False, loc="upper left")
+
+
+# Ink that is neither data nor paper: pages replace it by the colour of their text.
+INK = "#3a3a3b"
+
+
+def draw_points(title: str, x: str, log: bool, curves: dict[str, list[Any]]) -> Figure:
+    """A panel of a figure: test accuracy and labels reproduced along x.
+
+    Args:
+        title: of the panel.
+        x: what the horizontal axis shows.
+        log: whether it is logarithmic.
+        curves: series -> rows of a report, with an `x` each.
+    """
+    with _neutral():
+        figure, (test, train) = plt.subplots(2, 1, figsize=(5.2, 6.4), sharex=True)
+        for series, rows in curves.items():
+            label, color, line = style(series)
+            places = [row["x"] for row in rows]
+            for axes, name in ((test, "test_last"), (train, "train_noisy")):
+                means = [row[f"{name}_mean"] for row in rows]
+                (drawn,) = axes.plot(
+                    places, means, line, color=color, marker="o", ms=3.5, lw=1.6, label=label
+                )
+                color = drawn.get_color()
+                axes.errorbar(
+                    places, means, [row[f"{name}_std"] for row in rows], fmt="none", color=color,
+                    lw=0.9, alpha=0.6,
+                )  # fmt: skip
+        test.set(title="test, last epoch, %")
+        train.set(title="given training labels reproduced, %", xlabel=x)
+        for axes in (test, train):
+            axes.grid(alpha=0.25)
+            if log:
+                axes.set_xscale("log")
+                ticks = sorted({row["x"] for rows in curves.values() for row in rows})
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axes.minorticks_off()
+        return _finish(figure, title, test)
+
+
+def draw_rows(title: str, rows: dict[str, Any], curves: Runs) -> Figure:
+    """A panel of a table: last, best and the paper's test accuracy, and the curves behind them.
+
+    Args:
+        title: of the panel.
+        rows: series -> row of a report.
+        curves: series -> seeds -> lines of metrics.
+    """
+    with _neutral():
+        height = 1.3 + 0.28 * len(rows)
+        figure, (dots, test) = plt.subplots(
+            2, 1, figsize=(5.2, height + 3.2), height_ratios=(height, 2.6)
+        )
+        places = range(len(rows))
+        for place, (series, row) in zip(places, rows.items(), strict=True):
+            _, color, _ = style(series)
+            color = color or f"C{place}"
+            dots.errorbar(
+                row["test_last_mean"], place, xerr=row["test_last_std"], fmt="o", ms=5, color=color
+            )
+            dots.plot(row["test_best_mean"], place, "o", ms=5, mfc="none", color=color)
+            if "test" in row["paper"]:
+                dots.plot(row["paper"]["test"], place, "D", ms=5, mfc="none", color=INK)
+            _curve(test, series, curves[series], "test", color)
+        dots.set_yticks(list(places), [style(series)[0] for series in rows])
+        dots.invert_yaxis()
+        dots.margins(y=0.5 / max(len(rows), 1))
+        marks = "filled: last epoch; open: best epoch"
+        if any("test" in row["paper"] for row in rows.values()):
+            marks += "; diamond: the paper"
+        dots.set(title=f"test, % ({marks})")
+        test.set(title="test by epoch, %", xlabel="epoch")
+        for axes in (dots, test):
+            axes.grid(alpha=0.25)
+        return _finish(figure, title, None)
+
+
+def _finish(figure: Figure, title: str, labelled: Any) -> Figure:
+    figure.suptitle(title, fontsize=10, fontweight="bold")
+    if labelled is not None:
+        handles, labels = labelled.get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=2 if len(labels) > 1 else 1,
+            frameon=False,
+        )  # fmt: skip
+    return figure
+
+
+def _neutral() -> Any:
+    """Small type and one colour for all that is not data."""
+    return plt.rc_context(
+        {
+            "font.size": 8.5,
+            "axes.titlesize": 8.5,
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "figure.constrained_layout.use": True,
+            "legend.fontsize": 8,
+            **dict.fromkeys(
+                ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
+                INK,
+            ),
+        }
+    )
+
+
+def save(figure: Figure, file: pathlib.Path) -> None:
+    """Writes a figure, in the format that the suffix names, and closes nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def inline_svg(figure: Figure, salt: str) -> str:
+    """A figure as an ``<svg>`` element that takes the page's text colour and has no background.
+
+    Args:
+        figure: the figure.
+        salt: keeps the element's ids apart from those of others on the page.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with plt.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{salt}-", text)
+    return text.replace(INK, "currentColor")

@@ -84,11 +84,13 @@ class RunDirectory:
         wanted = self.config.to_json()
         if file.exists():
             found = json.loads(file.read_text())
-            differ = [name for name in wanted if found.get(name) != wanted[name]]
+            # A field that came with a later version has its default in the older run.
+            found = {**Config().to_json(), **found}
+            differ = [name for name in wanted if found[name] != wanted[name]]
             if differ:
                 name = differ[0]
                 raise RunDirectoryError(
-                    f"{self.path} holds a run of another config: {name} is {found.get(name)!r} "
+                    f"{self.path} holds a run of another config: {name} is {found[name]!r} "
                     f"there and {wanted[name]!r} here"
                     + (f" ({len(differ) - 1} more differ)" if len(differ) > 1 else "")
                     + "; take another folder, or delete this one"

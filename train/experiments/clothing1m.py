@@ -39,8 +39,6 @@ RESNET = Config(
     learning_rate=1e-3,
     schedule="steps",
     weight_decay=1e-3,
-    noise="none",
-    noise_rate=0.0,
 )
 PAPER = {"noisy": {"bilevel": {"test": 69.9}}, "clean": {"bilevel": {"test": 79.9}}}
 

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from train import methods
 from train.config import Config
 
 Scale = Literal["paper", "laptop"]
@@ -114,7 +113,6 @@ def compare(
             paper=(paper or {}).get(name, {}),
         )
         for name in names
-        if METHODS[name]["method"] in methods.NAMES
     ]
 
 
@@ -129,8 +127,6 @@ CIFARNET = Config(
     epochs=200,
     learning_rate=0.01,
     weight_decay=5e-4,
-    noise="none",
-    noise_rate=0.0,
 )
 INCEPTION = dataclasses.replace(
     CIFARNET, network="inception", augmentation="inception", learning_rate=0.1
@@ -146,8 +142,6 @@ LAPTOP = Config(
     b=8,
     epochs=40,
     learning_rate=0.03,
-    noise="none",
-    noise_rate=0.0,
 )
 LAPTOP_CIFARNET = Config(
     dataset="fashion_mnist",
@@ -159,8 +153,6 @@ LAPTOP_CIFARNET = Config(
     b=8,
     epochs=30,
     learning_rate=0.03,
-    noise="none",
-    noise_rate=0.0,
 )
 LAPTOP_INCEPTION = Config(
     dataset="fashion_mnist",
@@ -172,8 +164,6 @@ LAPTOP_INCEPTION = Config(
     b=8,
     epochs=20,
     learning_rate=0.1,
-    noise="none",
-    noise_rate=0.0,
 )
 
 

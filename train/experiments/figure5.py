@@ -30,8 +30,6 @@ VOC = Config(
     epochs=1000,
     learning_rate=0.01,
     schedule="linear",
-    noise="none",
-    noise_rate=0.0,
 )
 FRACTIONS = (25, 50, 75, 100)
 IMAGES = "training images, %"

@@ -38,8 +38,6 @@ ALEXNET = Config(
     learning_rate=0.01,
     schedule="steps",
     weight_decay=5e-4,
-    noise="none",
-    noise_rate=0.0,
 )
 PAPER = {
     "noisy": {"sgd": {"test": 50.75}, "bilevel": {"test": 52.69}},

@@ -1,0 +1,368 @@
+"""A report of runs: one HTML page that needs nothing else, figures, a Markdown table."""
+
+import dataclasses
+import html
+import json
+import pathlib
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from train import arms as arm_loop
+from train import experiments, plots
+from train.arms import Outcome
+from train.config import Config, ConfigError
+from train.experiments import runner
+from train.experiments.common import SCALES, Arm, Panel
+from train.run_directory import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An arm, with what its finished runs give.
+
+    Attributes:
+        arm: the arm.
+        figures: means and deviations over seeds, as `runner.summarize` gives them, and the
+            sample visits.
+        curves: lines of metrics of each seed.
+        command: trains the arm with these seeds.
+        run_command: trains the first of its runs by itself.
+    """
+
+    arm: Arm
+    figures: dict[str, Any]
+    curves: list[list[dict[str, Any]]]
+    command: str
+    run_command: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """An experiment at a scale, or the runs of a folder that belong to none.
+
+    Attributes:
+        key: names files and, in ``summary.json``, what is before the slash.
+        title: for the reader.
+        about: the docstring of the experiment.
+        rows: its arms with finished runs.
+        missing: labels of the arms without.
+    """
+
+    key: str
+    title: str
+    about: str
+    rows: list[Row]
+    missing: list[str]
+
+    def panels(self) -> dict[Panel, list[Row]]:
+        """The rows by panel, in their order."""
+        panels: dict[Panel, list[Row]] = {}
+        for row in self.rows:
+            panels.setdefault(row.arm.panel, []).append(row)
+        return panels
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def read(paths: Iterable[pathlib.Path]) -> list[Section]:
+    """Reads experiments' folders, run directories, and folders of such.
+
+    Raises:
+        ConfigError: if a path is not there, or if no run in them is finished.
+    """
+    paths = list(paths)
+    folders: list[pathlib.Path] = []
+    runs: list[pathlib.Path] = []
+    for path in paths:
+        if not path.is_dir():
+            raise ConfigError(f"there is no folder {path} to report on")
+        _look(path, folders, runs)
+    sections = [section for folder in folders if (section := _experiment(folder)).rows]
+    order = [f"{name}-{scale}" for name in experiments.NAMES for scale in SCALES]
+    sections.sort(key=lambda section: order.index(section.key))
+    others = _others(runs)
+    sections += [others] if others.rows else []
+    if not sections:
+        raise ConfigError(f"no finished run in {', '.join(map(str, paths))}")
+    return sections
+
+
+def _look(folder: pathlib.Path, folders: list[pathlib.Path], runs: list[pathlib.Path]) -> None:
+    name, _, scale = folder.name.rpartition("-")
+    if name in experiments.NAMES and scale in SCALES:
+        folders.append(folder)
+    elif (folder / "config.json").exists():
+        runs.append(folder)
+    else:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir():
+                _look(child, folders, runs)
+
+
+def _experiment(folder: pathlib.Path) -> Section:
+    name, _, scale = folder.name.rpartition("-")
+    experiment = experiments.load(name)
+    assert scale in SCALES
+    choice = runner.Choice(experiment, scale, root=folder.parent)
+    rows, missing = [], []
+    for arm in choice.arms():
+        finished = runner.outcomes(choice, arm)
+        if finished:
+            seeds = tuple(finished)
+            rows.append(_row(arm, finished, choice.command(arm, seeds), choice.directory))
+        else:
+            missing.append(arm.label)
+    return Section(
+        folder.name, f"{experiment.title} ({scale})", experiment.doc or "", rows, missing
+    )
+
+
+def _row(arm: Arm, finished: dict[int, Outcome], command: str, directory: Any) -> Row:
+    figures = runner.summarize(finished)
+    figures["visits"] = figures["steps"] * arm.config.k * arm.config.b
+    first = directory(arm, next(iter(finished)))
+    return Row(arm, figures, [lines for _, lines in finished.values()], command, _command(first))
+
+
+def _command(run: pathlib.Path) -> str:
+    config = Config.from_json(json.loads((run / "config.json").read_text()))
+    words = ["python", "-m", "train", "run", *config.flags(), "--out", str(run)]
+    return " ".join(
+        word if word.isprintable() and " " not in word else repr(word) for word in words
+    )
+
+
+def _others(runs: list[pathlib.Path]) -> Section:
+    """Runs of no experiment; those that differ in the seed alone are one arm."""
+    groups: dict[str, list[tuple[pathlib.Path, Config, Outcome]]] = {}
+    for run in runs:
+        finished = arm_loop.outcome(run)
+        if finished is not None:
+            config = Config.from_json(json.loads((run / "config.json").read_text()))
+            key = dataclasses.replace(config, seed=0).digest()
+            groups.setdefault(key, []).append((run, config, finished))
+    rows = []
+    for group in groups.values():
+        first, config, _ = group[0]
+        arm = Arm(
+            label=first.name,
+            config=config,
+            panel=Panel(f"Runs of {config.dataset}, {config.network}"),
+            series=first.name,
+        )
+        finished = {of.seed: outcome for _, of, outcome in group}
+        rows.append(_row(arm, finished, _command(first), lambda arm, seed, run=first: run))
+    return Section("runs", "Other runs", "", rows, [])
+
+
+# ------------------------------------------------------------------------------- writing
+
+
+def write(paths: Sequence[pathlib.Path], out: pathlib.Path, docs: pathlib.Path | None) -> int:
+    """Writes ``index.html``, ``report.md`` and ``figures/`` to a folder.
+
+    Args:
+        paths: as for `read`.
+        out: the folder; made if need be.
+        docs: where else to write ``summary.json``, ``tables.md`` and the figures, for the
+            documentation; data folders are left out of what goes there.
+
+    Returns:
+        The number of arms.
+
+    Raises:
+        As `read`.
+    """
+    sections = read(paths)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    inline: dict[str, list[str]] = {}
+    for section in sections:
+        for name, figure in _figures(section):
+            for suffix in ("png", "svg"):
+                plots.save(figure, out / "figures" / f"{name}.{suffix}")
+            if docs is not None:
+                plots.save(figure, docs / "figures" / f"{name}.png")
+            inline.setdefault(section.key, []).append(plots.inline_svg(figure, name))
+            plt.close(figure)
+    (out / "index.html").write_text(_page(sections, inline))
+    (out / "report.md").write_text(markdown(sections, "figures"))
+    if docs is not None:
+        write_json(docs / "summary.json", summary(sections))
+        (docs / "tables.md").write_text(markdown(sections, "results/figures"))
+    return sum(len(section.rows) for section in sections)
+
+
+def summary(sections: list[Section]) -> dict[str, Any]:
+    """What is committed of finished runs: "EXPERIMENT/ARM" to its figures and its command.
+
+    The key of an experiment at scale paper begins with EXPERIMENT-paper.
+    """
+    return {
+        f"{section.key.removesuffix('-laptop')}/{row.arm.label}": {
+            **row.figures,
+            **({"paper": dict(row.arm.paper)} if row.arm.paper else {}),
+            "command": row.command,
+        }
+        for section in sections
+        for row in section.rows
+    }
+
+
+def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
+    for number, (panel, rows) in enumerate(section.panels().items(), 1):
+        drawn = [{**row.figures, "x": row.arm.x, "paper": row.arm.paper} for row in rows]
+        if panel.x is not None and len({row.arm.x for row in rows}) > 1:
+            curves: dict[str, list[Any]] = {}
+            for row, figures in zip(rows, drawn, strict=True):
+                curves.setdefault(row.arm.series, []).append(figures)
+            for points in curves.values():
+                points.sort(key=lambda point: point["x"])
+            figure = plots.draw_points(panel.title, panel.x, panel.log, curves)
+        else:
+            figure = plots.draw_rows(
+                panel.title,
+                {row.arm.series: figures for row, figures in zip(rows, drawn, strict=True)},
+                {row.arm.series: row.curves for row in rows},
+            )
+        yield f"{section.key}-{number}", figure
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """Heading -> cell, for both kinds of table."""
+    figures, paper = row.figures, row.arm.paper
+
+    def with_deviation(name: str) -> str:
+        deviation = f" ± {figures[f'{name}_std']:.1f}" if len(figures["seeds"]) > 1 else ""
+        return f"{figures[f'{name}_mean']:.1f}{deviation}"
+
+    best = [max(lines, key=lambda line: line["test"])["epoch"] for lines in row.curves]
+    memory = figures.get("memory_mb_mean")
+    return {
+        "arm": row.arm.label,
+        "test, last": with_deviation("test_last"),
+        "paper: test": f"{paper['test']:.1f}" if "test" in paper else "",
+        "test, best": with_deviation("test_best"),
+        "at epoch": f"{statistics.fmean(best):.0f}",
+        "train, given": with_deviation("train_noisy"),
+        "paper: train": f"{paper['train']:.1f}" if "train" in paper else "",
+        "train, true": with_deviation("train_clean"),
+        "gap": f"{figures['train_noisy_mean'] - figures['test_last_mean']:.1f}",
+        "seeds": str(len(figures["seeds"])),
+        "steps": f"{figures['steps']:,}",
+        "visits": f"{figures['visits']:,}",
+        "seconds": f"{figures['seconds_mean']:.0f}",
+        "MB": "" if memory is None else f"{memory:,.0f}",
+    }
+
+
+def _table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells; columns that are empty throughout are left out."""
+    cells = [_cells(row) for row in rows]
+    headings = [name for name in cells[0] if any(row[name] for row in cells)]
+    return headings, [[row[name] for name in headings] for row in cells]
+
+
+def markdown(sections: list[Section], figures: str) -> str:
+    """Headings, figures and tables; `figures` is where the figures are, for the links."""
+    lines = [
+        "Accuracy in %, mean ± standard deviation over seeds; `test`: clean test labels, last and "
+        "best epoch; `train`: on the given (noisy) and on the true labels; `gap`: train, given, "
+        "less test, last; `visits`: images seen in training; `MB`: peak main memory.",
+    ]
+    for section in sections:
+        lines += ["", f"## {section.title}"]
+        if section.missing:
+            lines += ["", f"Not run yet: {', '.join(f'`{label}`' for label in section.missing)}."]
+        for number, (panel, rows) in enumerate(section.panels().items(), 1):
+            headings, cells = _table(rows)
+            lines += [
+                "",
+                f"### {panel.title}",
+                "",
+                f"![{panel.title}]({figures}/{section.key}-{number}.png)",
+                "",
+                f"| {' | '.join(headings)} |",
+                f"|---|{'---:|' * (len(headings) - 1)}",
+                *(f"| {' | '.join(row)} |" for row in cells),
+            ]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------- the page
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1e; --soft: #6b6b70; --paper: #ffffff;
+  --line: #dcdce0; --card: #f6f6f8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #ececf0; --soft: #a0a0a8; --paper: #17171a;
+  --line: #3a3a40; --card: #212126; } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem } h2 { margin-top: 3rem; font-size: 1.25rem }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
+nav a { margin-right: 1rem; white-space: nowrap } a { color: inherit }
+.figures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
+figure { margin: 0; padding: .5rem; background: var(--card); border-radius: .5rem;
+  max-width: 34rem }
+svg { display: block; width: 100%; height: auto; font-family: system-ui, sans-serif }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
+th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
+th { color: var(--soft); font-weight: 500 } th:first-child, td:first-child { text-align: left;
+  position: sticky; left: 0; background: var(--paper) }
+pre { overflow-x: auto; padding: .6rem; background: var(--card); border-radius: .5rem;
+  font-size: .8rem } .about { white-space: pre-wrap }
+summary { cursor: pointer; margin: .6rem 0 } .soft { color: var(--soft) }
+"""
+
+
+def _page(sections: list[Section], figures: dict[str, list[str]]) -> str:
+    escape = html.escape
+    body = [
+        "<h1>Deep Bilevel Learning: runs</h1>",
+        '<p class="soft">Accuracy in %, mean ± standard deviation over seeds. Test: clean labels,',
+        "last and best epoch. Train: on the given (noisy) and on the true labels. Gap: train,",
+        "given, less test, last. Visits: images seen in training. MB: peak main memory.</p>",
+        "<nav>",
+        *(f'<a href="#{s.key}">{escape(s.title)}</a>' for s in sections),
+        "</nav>",
+    ]
+    for section in sections:
+        body.append(f'<section id="{section.key}"><h2>{escape(section.title)}</h2>')
+        if section.missing:
+            labels = escape(", ".join(section.missing))
+            body.append(f'<p class="soft">Not run yet: {labels}.</p>')
+        body.append('<div class="figures">')
+        body += [f"<figure>{svg}</figure>" for svg in figures[section.key]]
+        body.append("</div>")
+        for panel, rows in section.panels().items():
+            headings, cells = _table(rows)
+            body.append(f'<h3>{escape(panel.title)}</h3><div class="scroll"><table><tr>')
+            body += [f"<th>{escape(name)}</th>" for name in headings]
+            body.append("</tr>")
+            for row in cells:
+                body.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+            body.append("</table></div>")
+        body.append("<details><summary>The command of every arm</summary>")
+        for row in section.rows:
+            commands = dict.fromkeys((row.command, row.run_command))
+            body.append(f"<h3>{escape(row.arm.label)}</h3>")
+            body.append("".join(f"<pre>{escape(command)}</pre>" for command in commands))
+        body.append("</details>")
+        if section.about:
+            body.append("<details><summary>The paper, and what was done here</summary>")
+            body.append(f'<pre class="about">{escape(section.about.strip())}</pre></details>')
+        body.append("</section>")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Deep Bilevel Learning: runs</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
