@@ -18,6 +18,7 @@ STYLES = {
     "uniform": ("uniform control", "#d55e00", "-"),
     "bilevel": ("bilevel, eq. (10)", "#0072b2", "-"),
     "bilevel_exact": ("bilevel, eq. (8)", "#009e73", "-"),
+    "past": ("bilevel, validated by the past", "#cc79a7", "-"),
 }
 
 
