@@ -200,7 +200,7 @@ def diagonal_weights(
     usable = all_finite & jnp.isfinite(dots) & jnp.isfinite(denominator) & (denominator > 0)
     omega = jnp.where(usable, dots, 0) / jnp.where(usable, denominator, 1)
     omega = jnp.maximum(omega, 0) if rule.nonnegative else omega
-    return omega if has_past is None else jnp.where(has_past, omega, all_finite)
+    return omega if has_past is None else jnp.where(has_past, omega, all_finite.astype(omega.dtype))
 
 
 def exact_weights(gram: jax.Array, dots: jax.Array, rule: Rule) -> jax.Array:
@@ -278,7 +278,7 @@ def weigh(products: Products, rule: Rule, has_past: jax.Array | None = None) -> 
     else:
         raw = diagonal_weights(dots, sq_norms, rule)
     if has_past is not None:
-        raw = jnp.where(has_past, raw, active)
+        raw = jnp.where(has_past, raw, active.astype(raw.dtype))
 
     l1 = jnp.sum(jnp.abs(raw), axis=-1)
     usable = l1 >= jnp.finfo(l1.dtype).tiny  # the inverse of anything smaller is infinite

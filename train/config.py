@@ -54,6 +54,9 @@ class Config:
     num_validation: Annotated[int, Help(help="how many of the k are validation mini-batches")] = 1
     normalize: Annotated[bool, Help(help="divide ω by its L1 norm (off: ablation a)")] = True
     nonnegative: Annotated[bool, Help(help="clip ω at zero")] = False
+    past_decay: Annotated[
+        float, Help(help="decay per step of the average that validates in the method `past`")
+    ] = 0.9
     groups: Annotated[
         Literal["all", "layer", "leaf"],
         Help(help="one ω for all, per layer (ablation b), per leaf"),
@@ -162,6 +165,19 @@ class Config:
             raise ConfigError(
                 f"num_validation must be from 1 to k - 1 = {self.k - 1}, got {self.num_validation}"
             )
+        if not 0 <= self.past_decay < 1:
+            raise ConfigError(f"past_decay must be from 0 to below 1, got {self.past_decay}")
+        if self.method == "past":
+            for name, value, right in (
+                ("num_validation", self.num_validation, 1),
+                ("validation_ratio", self.validation_ratio, 0.0),
+            ):
+                if value != right:
+                    raise ConfigError(f"{name} is for bilevel methods; with past all k train")
+            if self.batch_statistics == "validation":
+                raise ConfigError(
+                    "batch_statistics = validation: with past all k train; known: mean, training"
+                )
         if self.hidden is not None and self.network != "mlp":
             raise ConfigError(f"hidden is for the network mlp, not {self.network}")
         if (self.pretrained or "").endswith(".safetensors") and self.network != "resnet50":
@@ -173,6 +189,11 @@ class Config:
         if self.clean_validation and not self.validation_ratio:
             raise ConfigError("clean_validation needs a validation_ratio above 0")
         methods.check_form(self.method, self.form)
+
+    @property
+    def held_out(self) -> int:
+        """How many of the k mini-batches are not trained on."""
+        return 0 if self.method == "past" else self.num_validation
 
     def to_json(self) -> dict[str, Any]:
         """The fields, as `json` writes them."""

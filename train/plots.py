@@ -21,6 +21,7 @@ STYLES = {
     "uniform": ("uniform control", "#d55e00", "-"),
     "bilevel": ("bilevel, eq. (10)", "#0072b2", "-"),
     "bilevel_exact": ("bilevel, eq. (8)", "#009e73", "-"),
+    "past": ("bilevel, validated by the past", "#e6399b", "-"),
     "label_smoothing": ("label smoothing", "#b8860b", ":"),
     "dropout": ("dropout, keep 0.3", "#8c6d5a", ":"),
     "mixup": ("mixup", "#cc79a7", "--"),

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import models
 from train import augment, methods
@@ -251,7 +253,7 @@ def _build(
         updates, opt_state = tx.update(done.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         batch_stats = jax.tree.map(
-            lambda x: _merge_stats(x, config.batch_statistics, config.num_validation),
+            lambda x: _merge_stats(x, config.batch_statistics, config.held_out),
             done.aux.batch_stats,
         )
         return State(
@@ -260,7 +262,7 @@ def _build(
             batch_stats=batch_stats,
             opt_state=opt_state,
             method=done.state,
-            sums=_add_step(state.sums, raw, done, config.num_validation, everywhere),
+            sums=_add_step(state.sums, raw, done, config.held_out, everywhere),
             failed=_first_failure(state, done.losses, (params, batch_stats)),
         )
 
@@ -292,7 +294,7 @@ def _build(
 
     on_mesh, scores_on_mesh, shardings = {}, {}, None
     if layout is not None:
-        shardings = _shardings(layout, jax.eval_shape(start, jax.random.key(0)))
+        shardings = _shardings(layout, jax.eval_shape(start, jax.random.key(0)), method.spec)
         on_mesh, scores_on_mesh = ({"out_shardings": s} for s in (shardings, layout.replicated))
     compiled_start = jax.jit(start, **on_mesh)
     return Program(
@@ -305,12 +307,14 @@ def _build(
     )
 
 
-def _shardings(layout: Layout, state: State) -> State:
-    """Where the state is kept: the optimizer's follows the parameters."""
+def _shardings(layout: Layout, state: State, spec: PyTree) -> State:
+    """Where the state is kept: the optimizer's follows the parameters, the method says its own."""
+    specs = jax.tree.broadcast(spec, state.method, is_leaf=lambda x: isinstance(x, P))
     shardings = jax.tree.map(lambda _: layout.replicated, state)
     return shardings._replace(
         params=layout.parameter_shardings(state.params),
         opt_state=layout.parameter_shardings(state.opt_state),
+        method=jax.tree.map(lambda s: NamedSharding(layout.mesh, s), specs),
     )
 
 

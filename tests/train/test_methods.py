@@ -194,6 +194,33 @@ def test_the_forms_agree_with_each_other(changes):
         )
 
 
+@functools.cache
+def two_steps(of):
+    """The same mini-batches twice: the past of the second step is the first."""
+    method = methods.make(of, ON_MESH if of.form == "collective" else TASK)
+    gradient = jax.jit(lambda *arrays: method.gradient(loss_fn, *arrays))
+    first = gradient(PARAMS, make_batches(), method.init(PARAMS))
+    return first, gradient(PARAMS, make_batches(), first.state)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_past_is_eq_10_with_the_mean_of_the_step_before(form):
+    first, second = two_steps(config("past", form=form, mu=0.1))
+    grads = gradients(make_batches())
+    mean = {name: x.mean(0) for name, x in grads.items()}
+    assert_close(by_name(first.grads), mean)
+    np.testing.assert_allclose(first.weights, np.full(K, 1 / K), rtol=1e-6)
+    flat, past = (
+        np.concatenate([x[name].reshape(*lead, -1) for name in grads], axis=-1)
+        for x, lead in ((grads, (K,)), (mean, ()))
+    )
+    weights = flat @ past / (np.square(flat).sum(1) + 0.1)
+    weights = weights / np.abs(weights).sum() * (weights.sum() > 0)
+    np.testing.assert_allclose(second.weights, weights, rtol=0, atol=1e-6)
+    update = {name: np.tensordot(weights, x, 1) for name, x in grads.items()}
+    assert_close(by_name(second.grads), update)
+
+
 def test_bilevel_exact_stacked_and_collective_agree():
     stacked, collective = (run(config("bilevel_exact", form=f)) for f in ("stacked", "collective"))
     reference = {name: np.asarray(x, np.float64) for name, x in by_name(stacked.grads).items()}
@@ -227,6 +254,7 @@ def test_every_method_says_how_it_computes(method):
             "noise_layer": f"a noise channel that starts from 0.3, {sgd.HOW}",
             "mentornet": f"examples weighed by percentile 75 of the losses, {sgd.HOW}",
             "azadi": f"group norm of the last layer times 10, {sgd.HOW}",
+            "past": "streaming form (chosen for this method) on cpu",
         }[method]
     )
 

@@ -39,6 +39,7 @@ _MAKERS = {
     "uniform": uniform.make,
     "bilevel": bilevel.make,
     "bilevel_exact": bilevel.make_exact,
+    "past": bilevel.make_past,
     "bilevel_mixup": mixup.make_bilevel,
     "mixup": mixup.make,
     "label_smoothing": label_smoothing.make,
@@ -73,7 +74,7 @@ def check_form(method: str, form: str) -> None:
     """Raises ValueError where a method cannot be computed in a form of the rule."""
     if form == "auto":
         return
-    if not method.startswith("bilevel"):
+    if not method.startswith("bilevel") and method != "past":
         raise ValueError(f"method {method} weighs nothing: form {form} is for bilevel methods")
     if method == "bilevel_exact" and form not in bilevel.EXACT_FORMS:
         raise ValueError(

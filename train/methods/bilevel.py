@@ -1,4 +1,8 @@
-"""The paper's rule, eq. (10), or eq. (8) for `bilevel_exact`, in any of its four forms."""
+"""The paper's rule, eq. (10), or eq. (8) for `bilevel_exact`, in any of its four forms.
+
+And `past`, which is not the paper's: eq. (10) with an average of earlier steps' mean gradients in
+place of the validation mini-batches, so that all k train. Its state is (average,), theirs ().
+"""
 
 import functools
 from typing import Any
@@ -27,7 +31,13 @@ def make_exact(config: Any, task: Task) -> Method:
     return _make(config, task.layout, "exact")
 
 
-def _make(config: Any, layout: Layout | None, solver: str) -> Method:
+def make_past(config: Any, task: Task) -> Method:
+    """Eq. (10) validated by the past, streaming unless the config says otherwise."""
+    past = {"validation": "past", "decay": config.past_decay}
+    return _make(config, task.layout, "diagonal", **past)
+
+
+def _make(config: Any, layout: Layout | None, solver: str, **past: Any) -> Method:
     options = {
         "lam": config.lam,
         "mu": config.mu,
@@ -36,6 +46,7 @@ def _make(config: Any, layout: Layout | None, solver: str) -> Method:
         "normalize": config.normalize,
         "nonnegative": config.nonnegative,
         "groups": {"all": None, "leaf": "leaf", "layer": models.layer_labels}[config.groups],
+        **past,
     }
     form = config.form
     if form == "auto" and layout is not None and (layout.per_device == 1 or solver == "exact"):
@@ -44,15 +55,27 @@ def _make(config: Any, layout: Layout | None, solver: str) -> Method:
         form = "streaming" if solver == "diagonal" else "stacked"
     chosen = " (chosen for this method)" if config.form == "auto" else ""
     how = f"{form} form{chosen} on {jax.default_backend()}"
+    state: dict[str, Any] = {"init": _init} if past else {}
     if layout is None:
         if form == "collective":
             raise ValueError(
                 "the collective form puts one mini-batch on each device, and there is one device; "
                 f"take another form, or k = {config.k} devices"
             )
-        return Method(_FORMS[form](config.k, options), how)
+        return Method(_FORMS[form](config.k, options), how, **state)
     _check_on_mesh(form, layout, config.k, solver)
-    return Method(_FORMS_ON_MESH[form](layout, options), f"{how}: {layout.describe()}")
+    how = f"{how}: {layout.describe()}"
+    if past and form == "collective":  # each device keeps the part of the average that it adds up
+        init = functools.partial(_init, num_devices=layout.mesh.size)
+        state = {"init": init, "spec": (_ROWS,)}
+    return Method(_FORMS_ON_MESH[form](layout, options), how, **state)
+
+
+_ROWS = optax_bilevel.Past(P(mesh.ALL), P())
+
+
+def _init(params: PyTree, num_devices: int | None = None) -> PyTree:
+    return (optax_bilevel.init_past(params, num_devices=num_devices),)
 
 
 def _check_on_mesh(form: str, layout: Layout, k: int, solver: str) -> None:
@@ -81,8 +104,8 @@ def _streaming(k: int, options: dict[str, Any]) -> GradientFn:
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
         step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True, **options)
-        (losses, aux), grads, weights = step(params, batches)
-        return Gradient(losses, aux, grads, _per_mini_batch(weights), state)
+        (losses, aux), grads, weights, *state = step(params, batches, *state)
+        return Gradient(losses, aux, grads, _per_mini_batch(weights), tuple(state))
 
     return gradient
 
@@ -92,9 +115,10 @@ def _stacked(k: int, options: dict[str, Any]) -> GradientFn:
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
         losses, aux, stack = _all_gradients(loss_fn, params, batches)
-        grads, rule_state = rule.update(stack, rule.init(params), params)
-        weights = optax.tree.get(rule_state, "weights")
-        return Gradient(losses, aux, grads, _per_mini_batch(weights), state)
+        rule_state = _with_past(rule.init(params), state)
+        grads, rule_state = rule.update(stack, rule_state, params)
+        weights = _per_mini_batch(rule_state.weights)
+        return Gradient(losses, aux, grads, weights, _past_of(rule_state))
 
     return gradient
 
@@ -109,9 +133,11 @@ def _multi_steps(k: int, options: dict[str, Any]) -> GradientFn:
             updates, rule_state = rule.update(grads, rule_state, params)
             return rule_state, updates
 
-        rule_state, updates = jax.lax.scan(call, rule.init(params), stack)
+        rule_state = _with_past(rule.init(params), state)
+        rule_state, updates = jax.lax.scan(call, rule_state, stack)
         grads = jax.tree.map(lambda x: x[-1], updates)
-        return Gradient(losses, aux, grads, _per_mini_batch(rule_state.weights), state)
+        weights = _per_mini_batch(rule_state.weights)
+        return Gradient(losses, aux, grads, weights, _past_of(rule_state))
 
     return gradient
 
@@ -120,30 +146,36 @@ def _collective(layout: Layout, options: dict[str, Any]) -> GradientFn:
     """One mini-batch on each device, or a part of one."""
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
-        def on_device(params: PyTree, batches: Batch) -> tuple[Any, Aux, PyTree, jax.Array]:
+        def on_device(params: PyTree, batches: Batch, *rows: Any) -> tuple[Any, ...]:
             params = jax.lax.pcast(params, mesh.ALL, to="varying")
             batch = jax.tree.map(lambda x: x[0], batches)
             if layout.spread > 1:  # or the parts of a mini-batch would drop the same units
                 part = jax.lax.axis_index(mesh.EXAMPLE)
                 batch = batch._replace(key=jax.random.fold_in(batch.key, part))
             (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
-            grads, weights = optax_bilevel.bilevel_pmean(
-                grads, mesh.BATCH, **options, example_axis=mesh.EXAMPLE, return_weights=True
+            grads, weights, *rows = optax_bilevel.bilevel_pmean(
+                grads,
+                mesh.BATCH,
+                **options,
+                past=rows[0] if rows else None,
+                example_axis=mesh.EXAMPLE,
+                return_weights=True,
             )
             # Of the whole mini-batch already; this says so.
             loss, stats = jax.lax.pmean((loss, aux.batch_stats), mesh.EXAMPLE)
             loss, aux = jax.tree.map(lambda x: x[None], (loss, aux._replace(batch_stats=stats)))
-            return loss, aux, grads, weights
+            return loss, aux, grads, weights, *rows
 
+        rows = (_ROWS,) * len(state)
         examples, each = P(mesh.BATCH, mesh.EXAMPLE), P(mesh.BATCH)
         mapped = jax.shard_map(
             on_device,
             mesh=layout.mesh,
-            in_specs=(P(), Batch(examples, examples, each)),
-            out_specs=(each, Aux(examples, each, each), P(), P()),
+            in_specs=(P(), Batch(examples, examples, each), *rows),
+            out_specs=(each, Aux(examples, each, each), P(), P(), *rows),
         )
-        losses, aux, grads, weights = mapped(params, batches)
-        return Gradient(losses, aux, grads, _per_mini_batch(weights), state)
+        losses, aux, grads, weights, *state = mapped(params, batches, *state)
+        return Gradient(losses, aux, grads, _per_mini_batch(weights), tuple(state))
 
     return gradient
 
@@ -156,19 +188,21 @@ def _streaming_on_mesh(layout: Layout, options: dict[str, Any]) -> GradientFn:
             loss_fn, has_aux=True, axis_name=mesh.ALL, **options
         )
 
-        def on_device(params: PyTree, validation: Batch, own: Batch) -> tuple[Any, PyTree, Any]:
+        def on_device(params: PyTree, validation: Batch, own: Batch, *past: Any) -> tuple[Any, ...]:
             join = functools.partial(jax.tree.map, lambda v, x: jnp.concatenate([v, x]))
-            return step(params, join(validation, own))
+            return step(params, join(validation, own), *past)
 
+        past = (P(),) * len(state)
         mapped = jax.shard_map(
             on_device,
             mesh=layout.mesh,
-            in_specs=(P(), P(), P(mesh.ALL)),
-            out_specs=(P(mesh.ALL), P(), P()),
+            in_specs=(P(), P(), P(mesh.ALL), *past),
+            out_specs=(P(mesh.ALL), P(), P(), *past),
         )
-        validation = jax.tree.map(lambda x: x[: options["num_validation"]], batches)
-        (losses, aux), grads, weights = mapped(params, validation, batches)
-        return Gradient(losses, aux, grads, _per_mini_batch(weights), state)
+        held_out = 0 if state else options["num_validation"]
+        validation = jax.tree.map(lambda x: x[:held_out], batches)
+        (losses, aux), grads, weights, *state = mapped(params, validation, batches, *state)
+        return Gradient(losses, aux, grads, _per_mini_batch(weights), tuple(state))
 
     return gradient
 
@@ -179,6 +213,15 @@ _FORMS = {
     "multi_steps": _multi_steps,
 }
 _FORMS_ON_MESH = {"streaming": _streaming_on_mesh, "collective": _collective}
+
+
+def _with_past(rule_state: Any, state: PyTree) -> Any:
+    """The fresh state of a rule with the past in it, if there is one: `state` is (past,) or ()."""
+    return rule_state._replace(past=state[0]) if state else rule_state
+
+
+def _past_of(rule_state: Any) -> PyTree:
+    return () if rule_state.past is None else (rule_state.past,)
 
 
 def _all_gradients(loss_fn: LossFn, params: PyTree, batches: Batch) -> tuple[Any, Any, PyTree]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 import models
 from train.mesh import Layout
@@ -111,6 +112,9 @@ GradientFn = Callable[[LossFn, PyTree, Batch, PyTree], Gradient]
 """``(loss_fn, params, batches, state) -> Gradient``, a pure function; see `Method`."""
 
 
+_EVERYWHERE = P()
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A method, made for a run.
@@ -121,6 +125,8 @@ class Method:
         how: a line that says how it computes.
         init: ``params -> state``; what a method without a state of its own leaves out. The state
             is a part of the checkpoint.
+        spec: where the state lies on a mesh, PartitionSpecs in its structure or a prefix of it; by
+            default all of it on every device.
         network: wraps the network, for a method that trains parameters of its own; they are the
             optimizer's like the others. Evaluation sees the wrapper in evaluation mode.
     """
@@ -128,4 +134,5 @@ class Method:
     gradient: GradientFn
     how: str
     init: Callable[[PyTree], PyTree] = lambda params: ()
+    spec: PyTree = _EVERYWHERE
     network: Callable[[models.Network], models.Network] = lambda network: network
