@@ -292,7 +292,8 @@ def _build(
     def new_epoch(state: State) -> State:
         return state._replace(sums=Sums.zeros())
 
-    on_mesh, scores_on_mesh, shardings = {}, {}, None
+    on_mesh: dict[str, Any] = {}
+    scores_on_mesh: dict[str, Any] = {}
     if layout is not None:
         shardings = _shardings(layout, jax.eval_shape(start, jax.random.key(0)), method.spec)
         on_mesh, scores_on_mesh = ({"out_shardings": s} for s in (shardings, layout.replicated))
