@@ -14,7 +14,8 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks import alignment, inputs, loop, peers, pods, steps, tables, weighting
+from benchmarks import alignment, inputs, loop, peers, steps, tables, weighting
+from benchmarks import pods as pod_steps
 from train.run_directory import environment, write_json
 
 Figures = dict[str, Any]
@@ -41,8 +42,8 @@ class Benchmarks:
     pods: Annotated[
         tuple[str, ...],
         tyro.conf.arg(
-            help=f"what to compile ResNet-50 for, of {', '.join(pods.PODS)}; about two minutes of "
-            "a core for each, and for SGD on each topology"
+            help=f"what to compile ResNet-50 for, of {', '.join(pod_steps.PODS)}; about two "
+            "minutes of a core for each, and for SGD on each topology"
         ),
     ] = ("v5e_4x4_k8",)
     rounds: Annotated[int, tyro.conf.arg(help="timings of each candidate; the median counts")] = 9
@@ -55,7 +56,7 @@ class Benchmarks:
         for what, names, known in (
             ("part", self.parts, _PARTS),
             ("case", self.cases, steps.CASES),
-            ("pod", self.pods, pods.PODS),
+            ("pod", self.pods, pod_steps.PODS),
         ):
             unknown = [name for name in names if name not in known]
             if unknown:
@@ -125,10 +126,10 @@ def _peers(options: Benchmarks, console: Console) -> Figures:
 
 
 def _pods(options: Benchmarks, console: Console) -> Figures:
-    if not pods.available():
+    if not pod_steps.available():
         console.print("  skipped: libtpu is not installed: make bench does that on x86-64 Linux")
         return {}
-    figures = pods.measure(options.pods)
+    figures = pod_steps.measure(options.pods)
     ratios = {name: of["traffic_vs_sgd"] for name, of in figures.items()}
     return {"pods": figures, "pod_traffic_vs_sgd": ratios}
 

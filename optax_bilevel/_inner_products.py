@@ -431,6 +431,44 @@ def _gram(grads: PyTree, grouping: Grouping) -> jax.Array:
     return _sum_by_group(grams, grouping)
 
 
+# Entries of a stack that are taken at a time on CPU: 2 MiB in float32, which caches hold.
+_CHUNK = 1 << 19
+
+
+def _leaf_products(g: jax.Array, num_validation: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """⟨v, g_i⟩ [k], |g_i|² [k] and |v|² [1] of a stacked leaf [k, *shape]."""
+
+    def products(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        v = validation_gradient(g, num_validation)
+        return _contract(g, v, tuple(range(v.ndim))), _square_sums(g), _square_sums(v[None])
+
+    k = g.shape[0]
+    width = max(_CHUNK // k, 1)
+
+    def in_chunks(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        g = g.reshape(k, -1)
+        whole = g.shape[1] // width
+
+        def chunk(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            # Converted once for all readers, or each would convert anew.
+            return products(jax.lax.optimization_barrier(x.astype(accumulation_dtype(x.dtype))))
+
+        def add(i: Any, total: Any) -> Any:
+            part = chunk(jax.lax.dynamic_slice_in_dim(g, i * width, width, axis=1))
+            return jax.tree.map(jnp.add, total, part)
+
+        total = jax.lax.fori_loop(1, whole, add, chunk(g[:, :width]))
+        if g.shape[1] % width:
+            total = jax.tree.map(jnp.add, total, chunk(g[:, whole * width :]))
+        return total
+
+    # Slices across shards would be gathered: with several devices XLA divides the work itself.
+    if g.size < 2 * k * width or jax.device_count() > 1:
+        return products(g)
+    # On CPU every product would be a pass over memory of its own, with v written out beforehand.
+    return jax.lax.platform_dependent(g, cpu=in_chunks, default=products)
+
+
 def stack_products(
     grads: PyTree,
     grouping: Grouping,
@@ -448,14 +486,19 @@ def stack_products(
         with_gram: compute the whole Gram matrix (eq. 8) and read the others off it.
         past: the validation gradient, leaves [*shape], where no slots form it.
     """
-    if not with_gram or past is not None:
-        validation = validation_gradient(grads, num_validation) if past is None else past
+    if past is not None:
         return _rule.Products(
-            dots_with(grads, validation, grouping),
+            dots_with(grads, past, grouping),
             squared_norms(grads, grouping),
-            squared_norm(validation, grouping),
+            squared_norm(past, grouping),
             _gram(grads, grouping) if with_gram else None,
         )
+    if not with_gram:
+        parts = [_leaf_products(g, num_validation) for g in jax.tree.leaves(grads)]
+        dots, sq_norms, validation_sq_norm = (
+            _sum_by_group(list(part), grouping) for part in zip(*parts, strict=True)
+        )
+        return _rule.Products(dots, sq_norms, validation_sq_norm[:, 0])
     gram = _gram(grads, grouping)
     k = gram.shape[-1]
     is_validation = jnp.arange(k)[None] < num_validation
