@@ -86,7 +86,7 @@ def slow(*values):
         ("bilevel", 16, True, {"num_validation": 2}),
         ("bilevel", 4, False, {"batch_statistics": "training"}),
         slow("bilevel", 8, True, {"augmentation": "preactresnet", "dropout_rate": 0.5}),
-        slow("bilevel", 2, True, {"groups": "leaf"}),
+        slow("bilevel", 2, True, {}),
         slow("bilevel", 8, False, {"form": "streaming"}),
         slow("bilevel", 24, False, {"dropout_rate": 0.5, "dropout_masks": "independent"}),
         slow("bilevel_exact", 8, True, {"mu": 5.0}),
