@@ -85,9 +85,18 @@ def test_noise_may_be_a_file():
         ({"hidden": (16, 0)}, "hidden must be widths of at least 1, got (16, 0)"),
         ({"num_validation": 0}, "num_validation must be from 1 to k - 1 = 7, got 0"),
         ({"past_decay": 1.0}, "past_decay must be from 0 to below 1, got 1.0"),
-        ({"method": "past", "num_validation": 2}, "num_validation is for bilevel methods; with pa"),
-        ({"method": "past", "validation_ratio": 0.1}, "validation_ratio is for bilevel methods"),
-        ({"method": "past", "batch_statistics": "validation"}, "known: mean, training"),
+        (
+            {"method": "past", "num_validation": 2},
+            "num_validation is for bilevel methods; with past all k train",
+        ),
+        (
+            {"method": "past", "validation_ratio": 0.1},
+            "validation_ratio is for bilevel methods; with past all k train",
+        ),
+        (
+            {"method": "past", "batch_statistics": "validation"},
+            "batch_statistics = validation: with past all k train; known: mean, training",
+        ),
         ({"k": 4, "num_validation": 4}, "num_validation must be from 1 to k - 1 = 3, got 4"),
         (
             {"network": "cifarnet", "hidden": (8,)},
