@@ -100,7 +100,7 @@ def bilevel_pmean(
     everywhere = _inner_products.axes_of(axis_name) + (
         () if example_axis is None else _inner_products.axes_of(example_axis)
     )
-    _check_varying(grads, everywhere)
+    _inner_products.check_varying(grads, everywhere)
     k = jax.lax.axis_size(axis_name)
     if k <= rule.held_out:
         raise ValueError(
@@ -192,21 +192,6 @@ def _pieces(leaf: jax.Array, count: int) -> jax.Array:
     """A leaf cut into `count` equal pieces, the last ones padded with zeros: [count, width]."""
     width = _width(leaf, count)
     return jnp.pad(leaf.reshape(-1), (0, count * width - leaf.size)).reshape(count, width)
-
-
-def _check_varying(grads: PyTree, axis_name: AxisName) -> None:
-    """Raises ValueError where shard_map's autodiff has already summed a gradient over devices."""
-    for axis in _inner_products.axes_of(axis_name):
-        if not _inner_products.is_tracked(axis):
-            continue  # then nothing is summed either
-        for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-            if axis not in _inner_products.varying_axes(leaf):
-                raise ValueError(
-                    f"gradient leaf {_inner_products.path_name(path)} is the same on all devices "
-                    f"of axis {axis!r}: inside jax.shard_map, gradients with respect to replicated "
-                    "parameters are summed over the devices. Differentiate with respect to "
-                    f'jax.lax.pcast(params, {axis!r}, to="varying") instead'
-                )
 
 
 def _same_everywhere(axis_name: AxisName) -> Any:

@@ -382,6 +382,21 @@ def vary(tree: PyTree, axis_name: AxisName) -> PyTree:
     return jax.tree.map(leaf, tree)
 
 
+def check_varying(grads: PyTree, axis_name: AxisName) -> None:
+    """Raises ValueError where shard_map's autodiff has already summed a gradient over devices."""
+    for axis in axes_of(axis_name):
+        if not is_tracked(axis):
+            continue  # then nothing is summed either
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+            if axis not in varying_axes(leaf):
+                raise ValueError(
+                    f"gradient leaf {path_name(path)} is the same on all devices "
+                    f"of axis {axis!r}: inside jax.shard_map, gradients with respect to replicated "
+                    "parameters are summed over the devices. Differentiate with respect to "
+                    f'jax.lax.pcast(params, {axis!r}, to="varying") instead'
+                )
+
+
 # ----------------------------------------------------------------------------------- products
 
 
@@ -568,6 +583,26 @@ def move(average: PyTree, total: PyTree, count: jax.Array, rate: jax.Array) -> P
         return a + rate.astype(a.dtype) * (x / jnp.maximum(count, 1).astype(x.dtype) - a)
 
     return jax.tree.map(leaf, average, total)
+
+
+def blend(average: PyTree, new: PyTree, decay: Any) -> PyTree:
+    """The moving average d·a + (1-d)·x of leaves [*shape], in the dtypes of `average`."""
+
+    def leaf(a: jax.Array, x: jax.Array) -> jax.Array:
+        d = jnp.asarray(decay, jnp.finfo(a.dtype).dtype)
+        return d.astype(a.dtype) * a + (1 - d).astype(a.dtype) * x.astype(a.dtype)
+
+    return jax.tree.map(leaf, average, new)
+
+
+def scaled(tree: PyTree, factor: jax.Array) -> PyTree:
+    """Every leaf times a scalar, float32 or wider in between, in its own dtype."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        wide = accumulation_dtype(x.dtype)
+        return (factor.astype(wide) * x.astype(wide)).astype(x.dtype)
+
+    return jax.tree.map(leaf, tree)
 
 
 def scale_and_cast(tree: PyTree, scale: jax.Array, grouping: Grouping, like: PyTree) -> PyTree:

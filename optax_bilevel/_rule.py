@@ -20,6 +20,12 @@ GUARDS = ("zero", "none")
 PAST_DECAY = 0.9
 
 
+def check_positive(name: str, value: Scalar, more: str = "") -> None:
+    """Raises ValueError for a concrete number that is not positive and finite."""
+    if isinstance(value, numbers.Real) and not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value}{more}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """The hyper-parameters of the rule, checked when it is made.
@@ -56,11 +62,7 @@ class Rule:
                     f"{name} is a schedule; wrap the factory: "
                     f"optax.inject_hyperparams(bilevel_reweight)({name}=schedule)"
                 )
-            if isinstance(value, numbers.Real) and not 0 < float(value) < math.inf:
-                raise ValueError(
-                    f"{name} must be a positive finite number, got {value}; "
-                    f"the paper uses {name}={default}"
-                )
+            check_positive(name, value, f"; the paper uses {name}={default}")
         if self.solver not in SOLVERS:
             raise ValueError(f"unknown solver {self.solver!r}; known: {', '.join(SOLVERS)}")
         if isinstance(self.num_validation, numbers.Real) and (
@@ -105,6 +107,11 @@ class Rule:
     def from_past(self) -> bool:
         """Whether earlier steps validate, and all k mini-batches train."""
         return self.validation == "past"
+
+    @property
+    def past_decay(self) -> Scalar:
+        """The decay of the average of the past."""
+        return PAST_DECAY if self.decay is None else self.decay
 
     @property
     def held_out(self) -> Any:
@@ -323,9 +330,43 @@ def past_rate(weight: jax.Array, num_finite: jax.Array, rule: Rule) -> tuple[jax
     Returns:
         The rate (1-d)/w_t, and w_t; [].
     """
-    decay = PAST_DECAY if rule.decay is None else rule.decay
-    decay = jnp.real(decay).astype(weight.dtype)
+    decay = jnp.real(rule.past_decay).astype(weight.dtype)
     new_weight = decay * weight + (1 - decay)
     moves = (num_finite > 0) & (new_weight > 0)
     rate = jnp.where(moves, (1 - decay) / jnp.where(moves, new_weight, 1), 0)
     return rate, jnp.where(moves, new_weight, weight)
+
+
+def projections(dots: jax.Array, sq_norms: jax.Array) -> jax.Array:
+    """c_i = ⟨p, g_i⟩/|g_i|, 0 where g_i is zero or not finite.
+
+    Args:
+        dots: ⟨p, g_i⟩, [groups, n].
+        sq_norms: |g_i|², [groups, n].
+
+    Returns:
+        [groups, n].
+    """
+    usable = finite(sq_norms)[None] & (sq_norms > 0) & jnp.isfinite(dots)
+    return jnp.where(usable, dots, 0) / jnp.sqrt(jnp.where(usable, sq_norms, 1))
+
+
+def step_factor(
+    average: jax.Array, coherence: jax.Array, first: jax.Array, rule: Rule, gain: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """How much of an optimizer's step is taken.
+
+    Args:
+        average: s̄ of the steps before, [].
+        coherence: s of this step, [].
+        first: whether there was no step before, bool [].
+        rule: gives the decay.
+        gain: γ.
+
+    Returns:
+        s̄ with this step in it, and the factor min(max(γ s̄, 0), 1); [], of the dtype of `average`.
+    """
+    decay, gain = (jnp.real(x).astype(average.dtype) for x in (rule.past_decay, gain))
+    smoothed = decay * average + (1 - decay) * coherence.astype(average.dtype)
+    smoothed = jnp.where(first, jnp.ones_like(smoothed), smoothed)
+    return smoothed, jnp.clip(gain * smoothed, 0, 1)

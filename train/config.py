@@ -17,6 +17,9 @@ class ConfigError(ValueError):
     """A choice that does not exist or does not fit the others; the message lists the right ones."""
 
 
+_ALL_TRAIN = ("past", "coherent")  # the methods that hold out none of the k mini-batches
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The choices of one run. Two runs of the same config end in the same bits."""
@@ -55,8 +58,11 @@ class Config:
     normalize: Annotated[bool, Help(help="divide ω by its L1 norm (off: ablation a)")] = True
     nonnegative: Annotated[bool, Help(help="clip ω at zero")] = False
     past_decay: Annotated[
-        float, Help(help="decay per step of the average that validates in the method `past`")
+        float, Help(help="decay per step of the averages of the methods `past` and `coherent`")
     ] = 0.9
+    coherence_gain: Annotated[float, Help(help="factor of the average coherence in `coherent`")] = (
+        2.0
+    )
     groups: Annotated[
         Literal["all", "layer", "leaf"],
         Help(help="one ω for all, per layer (ablation b), per leaf"),
@@ -149,7 +155,15 @@ class Config:
             if value is not None and not low <= value <= (math.inf if high is None else high):
                 bound = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise ConfigError(f"{name} must be {bound}, got {value}")
-        for name in ("lam", "mu", "learning_rate", "decay", "clip_norm", "mixup_alpha"):
+        for name in (
+            "lam",
+            "mu",
+            "coherence_gain",
+            "learning_rate",
+            "decay",
+            "clip_norm",
+            "mixup_alpha",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be positive and finite, got {value}")
@@ -167,16 +181,19 @@ class Config:
             )
         if not 0 <= self.past_decay < 1:
             raise ConfigError(f"past_decay must be from 0 to below 1, got {self.past_decay}")
-        if self.method == "past":
+        if self.method in _ALL_TRAIN:
             for name, value, right in (
                 ("num_validation", self.num_validation, 1),
                 ("validation_ratio", self.validation_ratio, 0.0),
             ):
                 if value != right:
-                    raise ConfigError(f"{name} is for bilevel methods; with past all k train")
+                    raise ConfigError(
+                        f"{name} is for bilevel methods; with {self.method} all k train"
+                    )
             if self.batch_statistics == "validation":
                 raise ConfigError(
-                    "batch_statistics = validation: with past all k train; known: mean, training"
+                    f"batch_statistics = validation: with {self.method} all k train; known: mean, "
+                    "training"
                 )
         if self.hidden is not None and self.network != "mlp":
             raise ConfigError(f"hidden is for the network mlp, not {self.network}")
@@ -193,7 +210,7 @@ class Config:
     @property
     def held_out(self) -> int:
         """How many of the k mini-batches are not trained on."""
-        return 0 if self.method == "past" else self.num_validation
+        return 0 if self.method in _ALL_TRAIN else self.num_validation
 
     def to_json(self) -> dict[str, Any]:
         """The fields, as `json` writes them."""

@@ -22,6 +22,7 @@ STYLES = {
     "bilevel": ("bilevel, eq. (10)", "#0072b2", "-"),
     "bilevel_exact": ("bilevel, eq. (8)", "#009e73", "-"),
     "past": ("bilevel, validated by the past", "#e6399b", "-"),
+    "coherent": ("coherent steps", "#56b4e9", "-"),
     "label_smoothing": ("label smoothing", "#b8860b", ":"),
     "dropout": ("dropout, keep 0.3", "#8c6d5a", ":"),
     "mixup": ("mixup", "#cc79a7", "--"),

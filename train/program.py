@@ -251,6 +251,8 @@ def _build(
         batches = methods.Batch(images, raw.labels, keys)
         done = method.gradient(loss_fn, everywhere(state.params), batches, state.method)
         updates, opt_state = tx.update(done.grads, state.opt_state, state.params)
+        if done.step_size is not None:
+            updates = optax.tree.scale(done.step_size, updates)
         params = optax.apply_updates(state.params, updates)
         batch_stats = jax.tree.map(
             lambda x: _merge_stats(x, config.batch_statistics, config.held_out),

@@ -55,9 +55,9 @@ def stacked_gradients(params, batches, loss_fn=loss):
 
 
 def distance(a, b):
-    """|a - b| / |b| over all leaves, in float64."""
+    """|a - b| / |b| over all leaves, in float64 (complex128)."""
     flat_a, flat_b = (
-        np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+        np.concatenate([np.asarray(x, np.complex128).ravel() for x in jax.tree.leaves(tree)])
         for tree in (a, b)
     )
     return np.linalg.norm(flat_a - flat_b) / np.linalg.norm(flat_b)

@@ -204,7 +204,15 @@ def test_a_run_that_is_interrupted_ends_in_the_same_bits(finished_random, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "method", ["mentornet", "noise_layer", pytest.param("bilevel_mixup", marks=pytest.mark.slow)]
+    "method",
+    [
+        "mentornet",
+        "noise_layer",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("bilevel_mixup", "past", "coherent")
+        ),
+    ],
 )
 def test_what_a_method_carries_is_in_the_checkpoint(tmp_path, method):
     config = tiny.config(method=method, dropout_rate=0.3, epochs=2)

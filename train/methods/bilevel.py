@@ -114,7 +114,7 @@ def _stacked(k: int, options: dict[str, Any]) -> GradientFn:
     rule = optax_bilevel.bilevel_reweight(**options, num_batches=k)
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
-        losses, aux, stack = _all_gradients(loss_fn, params, batches)
+        losses, aux, stack = all_gradients(loss_fn, params, batches)
         rule_state = _with_past(rule.init(params), state)
         grads, rule_state = rule.update(stack, rule_state, params)
         weights = _per_mini_batch(rule_state.weights)
@@ -127,7 +127,7 @@ def _multi_steps(k: int, options: dict[str, Any]) -> GradientFn:
     rule = optax_bilevel.bilevel_multi_steps(optax.identity(), k, **options)
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
-        losses, aux, stack = _all_gradients(loss_fn, params, batches)
+        losses, aux, stack = all_gradients(loss_fn, params, batches)
 
         def call(rule_state: Any, grads: PyTree) -> tuple[Any, PyTree]:
             updates, rule_state = rule.update(grads, rule_state, params)
@@ -224,7 +224,8 @@ def _past_of(rule_state: Any) -> PyTree:
     return () if rule_state.past is None else (rule_state.past,)
 
 
-def _all_gradients(loss_fn: LossFn, params: PyTree, batches: Batch) -> tuple[Any, Any, PyTree]:
+def all_gradients(loss_fn: LossFn, params: PyTree, batches: Batch) -> tuple[Any, Any, PyTree]:
+    """Losses [k], what comes beside them, and gradients of all mini-batches, leaves [k, ...]."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     (losses, aux), stack = jax.vmap(value_and_grad, in_axes=(None, 0))(params, batches)
     return losses, aux, stack

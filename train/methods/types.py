@@ -99,6 +99,7 @@ class Gradient(NamedTuple):
         grads: the gradient to descend, like the parameters.
         weights: ω̂ [k], 0 in validation slots; None where nothing is weighed.
         state: the method's state after the step, of the same structure, shapes and dtypes.
+        step_size: what the optimizer's movement is multiplied by, []; None for 1.
     """
 
     losses: jax.Array
@@ -106,6 +107,7 @@ class Gradient(NamedTuple):
     grads: PyTree
     weights: jax.Array | None
     state: PyTree = ()
+    step_size: jax.Array | None = None
 
 
 GradientFn = Callable[[LossFn, PyTree, Batch, PyTree], Gradient]

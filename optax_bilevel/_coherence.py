@@ -1,0 +1,180 @@
+"""The next step validates: steps as long as fresh mini-batches agree with the steps before.
+
+`validation="past"` weighs mini-batches by the past. This weighs the past by mini-batches: the
+optimizer moves along what it has gathered so far, by as much of a step as the k mini-batches, which
+none of it has seen, point the same way. Not in the paper.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_bilevel import _inner_products, _rule
+from optax_bilevel._inner_products import AxisName, PyTree
+
+
+class CoherentStepsState(NamedTuple):
+    """State of `coherent_steps`.
+
+    Attributes:
+        count: number of updates so far, int32 [].
+        coherence: s̄, the average coherence, float32 [], in [-1, 1]; 1 after the first step.
+        direction: p, the average of the mean gradients, as params, float32 or wider.
+        inner_state: state of the wrapped optimizer.
+    """
+
+    count: Any  # jax.Array; the name hides tuple.count, as in every optax state
+    coherence: jax.Array
+    direction: PyTree
+    inner_state: Any
+
+
+def mean_and_coherence(
+    grads: PyTree, direction: PyTree, *, axis_name: AxisName | None = None
+) -> tuple[PyTree, jax.Array]:
+    r"""The mean of k mini-batch gradients, and how far they agree with a direction.
+
+    .. math:: m = \frac1k\sum_i g_i, \qquad
+        s = \frac{\sum_i c_i}{\sum_i |c_i|}, \quad c_i = \frac{\langle p, g_i\rangle}{|g_i|}.
+
+    The coherence s is 1 where all mini-batches point with p, -1 where all point against it, and
+    near 0 where they know nothing of it. It is the sum of the weights of eq. (10), normalised, with
+    p for the validation gradient, and every gradient counted by its direction alone.
+
+    Args:
+        grads: leaves [k, \*shape]; with `axis_name` the gradient of this device's own mini-batch,
+            [\*shape].
+        direction: p, leaves [\*shape]: ``state.direction`` of `coherent_steps`.
+        axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) along which
+            there is one mini-batch per device. Moves what `jax.lax.pmean` moves, in the one
+            all-reduce that it consists of, and three scalars.
+
+    Returns:
+        m, leaves [\*shape] of the dtypes of `grads`, and s, float32 or wider []. A mini-batch with
+        a NaN or an Inf enters neither. Where none is left m and s are zero; where p is zero, s is.
+
+    Raises:
+        ValueError: at trace time where `grads` and `direction` do not fit, naming the leaf; inside
+            `jax.shard_map`, for a gradient that is already the same on all devices, as in
+            `bilevel_pmean`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax_bilevel
+        >>> stack = jnp.array([[1.0, 0.0], [3.0, 0.0], [-0.5, 0.0], [0.0, 1.0]])
+        >>> mean, s = optax_bilevel.mean_and_coherence(stack, jnp.array([1.0, 0.0]))
+        >>> float(s)  # (1 + 1 - 1 + 0) / 3
+        0.3333333432674408
+    """
+    if axis_name is not None:
+        _inner_products.check_like(grads, direction)
+        _inner_products.check_varying(grads, axis_name)
+        stack = jax.tree.map(lambda g: g[None], grads)
+    else:
+        _inner_products.check_stack(grads, direction, 0)
+        stack = grads
+    if not jax.tree.leaves(grads):
+        return grads, jnp.zeros(())
+    grouping = _inner_products.resolve_groups(grads, None)
+    sq_norms = _inner_products.squared_norms(stack, grouping)
+    cosines = _rule.projections(_inner_products.dots_with(stack, direction, grouping), sq_norms)
+    total = _inner_products.finite_sum(stack, sq_norms, grouping)
+    sums = (
+        jnp.sum(cosines),
+        jnp.sum(jnp.abs(cosines)),
+        jnp.sum(_rule.finite(sq_norms)).astype(cosines.dtype),
+    )
+    if axis_name is not None:
+        total = jax.tree.map(lambda x, g: x.astype(g.dtype), total, grads)
+        total, sums = jax.lax.psum((total, sums), axis_name)
+    signed, absolute, count = sums
+    mean = jax.tree.map(
+        lambda x, g: (x / jnp.maximum(count, 1).astype(x.dtype)).astype(g.dtype), total, grads
+    )
+    return mean, jnp.where(absolute > 0, signed / jnp.where(absolute > 0, absolute, 1), 0)
+
+
+def coherent_steps(
+    opt: optax.GradientTransformation, *, decay: Any = 0.9, gain: Any = 2.0
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales an optimizer's steps by how far fresh mini-batches agree with the steps before.
+
+    .. math:: \bar s_t = d\,\bar s_{t-1} + (1-d)\, s_t, \qquad
+        \text{update} = \min(\max(\gamma\,\bar s_t, 0), 1)\; \text{opt}(m_t), \qquad
+        p_t = d\, p_{t-1} + (1-d)\, m_t,
+
+    with m_t and s_t of `mean_and_coherence` at p_{t-1}, and :math:`\bar s_1 = 1`. The steps end
+    where nothing more is learnt that holds for other mini-batches. The signed s is averaged before
+    it is clipped: clipped at once, its noise alone would add up to steps. It scales what the
+    optimizer *moves*, after its momentum: gradients held back would leave the momentum to coast on.
+
+    Args:
+        opt: the optimizer, with its learning rate, such as ``optax.sgd(0.03, momentum=0.9)``. It
+            gets the plain mean gradient.
+        decay: d in [0, 1), of both averages. May be traced.
+        gain: γ > 0. May be traced.
+
+    Returns:
+        A transformation whose `update` takes the mean gradient, and s as the extra argument
+        ``coherence``. `init` takes parameters, or abstract ones. See `CoherentStepsState`. Beside
+        the wrapped optimizer's state it holds one buffer like the parameters.
+
+    Raises:
+        ValueError: at construction for a hyper-parameter out of range, at trace time for gradients
+            that are not shaped like the parameters, or without ``coherence``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, optax_bilevel
+        >>> tx = optax_bilevel.coherent_steps(optax.sgd(0.1, momentum=0.9))
+        >>> params = jnp.zeros(3)
+        >>> state = tx.init(params)
+        >>> for step in range(2):
+        ...     stack = jax.random.normal(jax.random.key(step), (8, 3)) + 1.0  # k = 8 gradients
+        ...     mean, s = optax_bilevel.mean_and_coherence(stack, state.direction)
+        ...     updates, state = tx.update(mean, state, params, coherence=s)
+        >>> bool(0.9 < state.coherence < 1)
+        True
+    """
+    rule = _rule.Rule(1.0, 1.0, validation="past", decay=decay)  # checks the decay
+    _rule.check_positive("gain", gain)
+    inner = optax.with_extra_args_support(opt)
+
+    def init_fn(params: PyTree) -> Any:
+        _inner_products.check_masked(params, allow_masked=False)
+
+        def zeros(x: Any) -> jax.Array:
+            return jnp.zeros_like(x, dtype=_inner_products.accumulation_dtype(x.dtype))
+
+        count, coherence = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return CoherentStepsState(
+            _inner_products.replicate_like(count, params),
+            _inner_products.replicate_like(coherence, params),
+            jax.tree.map(zeros, params),
+            inner.init(params),
+        )
+
+    def update_fn(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        coherence: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        if coherence is None:
+            raise ValueError(
+                "coherent_steps needs the coherence of the step: mean, s = mean_and_coherence("
+                "grads, state.direction); tx.update(mean, state, params, coherence=s)"
+            )
+        _inner_products.check_like(updates, state.direction)
+        smoothed, factor = _rule.step_factor(
+            state.coherence, coherence, state.count == 0, rule, gain
+        )
+        direction = _inner_products.blend(state.direction, updates, rule.past_decay)
+        new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        new_updates = _inner_products.scaled(new_updates, factor)
+        count = optax.safe_increment(state.count)
+        return new_updates, CoherentStepsState(count, smoothed, direction, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,171 @@
+"""Steps as long as fresh mini-batches agree: against the formula, on devices, and at the edges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import traffic
+from optax_bilevel import coherent_steps, mean_and_coherence
+from tests.optax_bilevel.problems import (
+    assert_close,
+    assert_nothing,
+    batches_of,
+    loss,
+    params_of,
+    stack_of,
+)
+
+K = 8
+
+
+def coherence_of(stack, direction):
+    """Σc/Σ|c| of float64 rows."""
+    cosines = stack @ direction / np.linalg.norm(stack, axis=1)
+    return np.sum(cosines) / np.sum(np.abs(cosines))
+
+
+def test_momentum_sgd_against_the_formula():
+    rng = np.random.default_rng(0)
+    stacks = rng.normal(size=(5, 4, 6)) + rng.normal(size=(5, 1, 6))
+    stacks[3] = -3 * stacks[2]
+    decay, gain, rate, momentum = 0.6, 0.8, 0.1, 0.9
+    tx = coherent_steps(optax.sgd(rate, momentum=momentum), decay=decay, gain=gain)
+
+    @jax.jit
+    def step(stack, state, params):
+        mean, s = mean_and_coherence(stack, state.direction)
+        updates, state = tx.update(mean, state, params, coherence=s)
+        return optax.apply_updates(params, updates), state
+
+    params = jnp.zeros(6)
+    state = tx.init(params)
+    expected, direction, trace, average = np.zeros(6), np.zeros(6), np.zeros(6), 1.0
+    averages = []
+    for t, stack in enumerate(stacks):
+        params, state = step(jnp.asarray(stack, jnp.float32), state, params)
+        mean = stack.mean(axis=0)
+        if t:
+            average = decay * average + (1 - decay) * coherence_of(stack, direction)
+        direction = decay * direction + (1 - decay) * mean
+        trace = momentum * trace + mean
+        expected = expected - np.clip(gain * average, 0, 1) * rate * trace
+        np.testing.assert_allclose(params, expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(state.coherence, average, rtol=1e-5, atol=1e-6)
+        averages.append(average)
+    assert step._cache_size() == 1
+    assert int(state.count) == 5
+    assert max(averages[1:]) > 0 > min(averages)  # both a part of a step, and none, were taken
+
+
+def stack(dtype=jnp.float32, k=4):
+    w, b = stack_of(3, [(3, 2), (5,)], k, dtype)
+    return {"w": jnp.asarray(w), "b": jnp.asarray(b), "none": None}
+
+
+def direction():
+    return jax.tree.map(lambda x: x.astype(jnp.float32), first(stack()))
+
+
+def first(tree):
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_not_finite_enters_neither(bad):
+    grads = stack()
+    broken = {**grads, "w": grads["w"].at[2, 0, 0].set(bad)}
+    without = jax.tree.map(lambda x: jnp.delete(x, 2, axis=0), grads)
+    function = jax.jit(mean_and_coherence)
+    assert_close(function(broken, direction()), function(without, direction()))
+    mean, s = function(jax.tree.map(lambda x: x * bad, grads), direction())
+    assert_nothing((mean, s))
+
+
+def test_nothing_to_agree_with():
+    zeros = jax.tree.map(jnp.zeros_like, stack())
+    assert_nothing(mean_and_coherence(zeros, direction()))
+    mean, s = mean_and_coherence(stack(), first(zeros))
+    assert_close(mean, jax.tree.map(lambda x: jnp.mean(x, axis=0), stack()))
+    assert float(s) == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64])
+def test_dtypes(dtype):
+    grads = stack(dtype)
+    tx = coherent_steps(optax.sgd(0.1))
+    state = tx.init(first(grads))
+    mean, s = mean_and_coherence(grads, state.direction)
+    updates, after = tx.update(mean, state, coherence=s)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, mean)
+    assert mean["w"].dtype == dtype
+    assert after.direction["w"].dtype == (jnp.float32 if dtype == jnp.bfloat16 else dtype)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_one_mini_batch_per_device(check_vma):
+    mesh = jax.make_mesh((K,), ("batch",), axis_types=(AxisType.Auto,))
+    params, batches = params_of(), batches_of(K)
+    batches["x"] = batches["x"].at[5, 0, 0].set(jnp.nan)
+    toward = jax.tree.map(jnp.ones_like, params)
+
+    def per_device(params, batch, toward):
+        params = jax.lax.pcast(params, "batch", to="varying") if check_vma else params
+        grads = jax.grad(loss)(params, jax.tree.map(lambda x: x[0], batch))
+        return mean_and_coherence(grads, toward, axis_name="batch")
+
+    specs = {"in_specs": (P(), P("batch"), P()), "out_specs": P(), "check_vma": check_vma}
+    mapped = jax.jit(jax.shard_map(per_device, mesh=mesh, **specs))
+    grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, batches)
+    assert_close(mapped(params, batches, toward), mean_and_coherence(grads, toward))
+    text = mapped.lower(params, batches, toward).compile().as_text()
+    # One all-reduce of the gradient, as jax.lax.pmean has it, and of three scalars.
+    numbers = sum(p.size for p in jax.tree.leaves(params)) + 3
+    assert traffic.bytes_moved(text, K) == {"all-reduce": 2 * (K - 1) / K * 4 * numbers}
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_state_on_a_mesh(axis_type):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
+    grads = stack_of(3, [(4, 8)], 4)[0]
+    tx = coherent_steps(optax.sgd(0.1, momentum=0.9))
+
+    @jax.jit
+    def step(grads, state, params):
+        mean, s = mean_and_coherence(grads, state.direction)
+        return tx.update(mean, state, params, coherence=s)
+
+    plain = tx.init(jnp.ones((4, 8)))
+    for _ in range(3):
+        expected, plain = step(grads, plain, jnp.ones((4, 8)))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(np.ones((4, 8), np.float32), NamedSharding(mesh, P("x", "y")))
+        placed = jax.device_put(grads, NamedSharding(mesh, P(None, "x", "y")))
+        state = tx.init(params)
+        types = jax.tree.map(jax.typeof, state)
+        for _ in range(3):
+            updates, state = step(placed, state, params)
+            assert jax.tree.map(jax.typeof, state) == types
+            assert state.direction.sharding.is_equivalent_to(params.sharding, 2)
+    assert_close(updates, expected)
+    np.testing.assert_allclose(state.coherence, plain.coherence, rtol=1e-6)
+
+
+def test_errors():
+    for decay in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"at least 0 and below 1, got {decay}"):
+            coherent_steps(optax.sgd(0.1), decay=decay)
+    with pytest.raises(ValueError, match="gain must be a positive finite number, got 0"):
+        coherent_steps(optax.sgd(0.1), gain=0)
+    tx = coherent_steps(optax.sgd(0.1))
+    state = tx.init({"w": jnp.zeros(2)})
+    with pytest.raises(ValueError, match="needs the coherence of the step: mean, s ="):
+        tx.update({"w": jnp.zeros(2)}, state)
+    with pytest.raises(ValueError, match=r"leaf \['w'\]: expected shape \(k, 2\)"):
+        mean_and_coherence({"w": jnp.zeros(2)}, state.direction)
+    with pytest.raises(ValueError, match=r"leaf \['w'\]: expected the parameter's shape \(2,\)"):
+        tx.update({"w": jnp.zeros((3, 2))}, state, coherence=jnp.zeros(()))
