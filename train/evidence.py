@@ -35,8 +35,8 @@ class Evidence(NamedTuple):
     @classmethod
     def zeros(cls, num_examples: int) -> "Evidence":
         """No evidence yet."""
-        floats, counts = (jnp.zeros(num_examples, t) for t in (jnp.float32, jnp.int32))
-        return cls(visits=counts, loss=floats, margin=floats, agreed=counts)
+        dtypes = {"visits": jnp.int32, "agreed": jnp.int32}
+        return cls(*(jnp.zeros(num_examples, dtypes.get(x, jnp.float32)) for x in cls._fields))
 
     def add(self, indices: jax.Array, labels: jax.Array, logits: jax.Array) -> "Evidence":
         """Adds a step.
