@@ -24,7 +24,7 @@ def overhead(epochs: int = 20, rounds: int = 7) -> dict[str, float]:
     train = problem.dataset.train
     indices = problem.order.batch(0, 0)
     raw = jax.device_put(
-        RawBatch(train.read(indices), train.labels[indices], problem.true[indices])
+        RawBatch(train.read(indices), train.labels[indices], problem.true[indices], indices)
     )
 
     def loop() -> None:

@@ -27,7 +27,9 @@ def example_alignment(
     With a validation gradient, or a mean of past ones, as v it says which examples pull the way
     that the others point: a small step along -v changes the loss of example e by -⟨∇ℓ_e, v⟩ to
     first order, so that a negative value is an example which gets worse as the others get better.
-    Wrong labels look like this. It is the numerator of eq. (10) with mini-batches of one.
+    Early in training wrong labels look like this; once a network has learnt what generalises, v
+    may itself be what the wrong labels still ask for. The inner products of a mini-batch average
+    to the numerator of eq. (10).
 
     One `jax.jvp` of `loss_fn` along v, in place of one gradient per example. Each product of a
     layer becomes three, so that it costs two to four forward passes, and it holds the activations

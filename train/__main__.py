@@ -28,6 +28,7 @@ USAGE = """usage: python -m train [COMMAND] [OPTIONS]; --help after a command li
   report     a page, figures and tables of what experiments and runs have given
   evaluate   measure the newest checkpoint of a run directory
   relabel    label the training set by a run's network, dropout left on: realistic noise
+  suspects   rank a run's training examples by how wrong their labels look: table and page
   list       experiments, data sets, networks, methods, augmentations, label noise
   models     every network with its input size, classes and parameter count
   prepare    prepare a data set, once
@@ -209,6 +210,39 @@ def _relabel(args: list[str], console: Console) -> None:
     console.print(f"{chosen.out}: {100 * (given != true).mean():.1f}% of the labels wrong")
 
 
+def _suspects(args: list[str], console: Console) -> None:
+    from train import suspects
+
+    @dataclasses.dataclass(frozen=True)
+    class Suspects:
+        """Ranks the training examples of a run by how wrong their labels look.
+
+        Writes suspects.csv, a line per example, and suspects.html, pictures of the worst.
+        """
+
+        run: Annotated[tyro.conf.Positional[pathlib.Path], Help(help="the run directory")]
+        out: Annotated[
+            pathlib.Path | None, Help(help="the folder to write to, if not the run directory")
+        ] = None
+        count: Annotated[int, Help(help="how many images to show on the page")] = 200
+
+    chosen = tyro.cli(Suspects, args=args, prog="python -m train suspects")
+    if chosen.count < 1:
+        raise ValueError(f"--count must be at least 1, got {chosen.count}")
+    found = suspects.rank(chosen.run)
+    out = chosen.out or chosen.run
+    out.mkdir(parents=True, exist_ok=True)
+    suspects.write_csv(found, out / "suspects.csv")
+    title = f"{found.problem.dataset.name}: labels that look wrong"
+    suspects.write_page(found, out / "suspects.html", chosen.count, title)
+    above = int((found.means.score > 0).sum())
+    console.print(f"{above:,} of {len(found.given):,} labels look wrong (score above 0)")
+    if (found.given != found.true).any():
+        console.print("against the true labels, %:")
+        _print_figures(suspects.measure(found), console)
+    console.print(f"written: {out / 'suspects.csv'}, {out / 'suspects.html'}")
+
+
 def _print_figures(figures: dict[str, Any], console: Console) -> None:
     for name, value in figures.items():
         console.print(
@@ -272,6 +306,7 @@ COMMANDS = {
     "report": _report,
     "evaluate": _evaluate,
     "relabel": _relabel,
+    "suspects": _suspects,
     "list": _list,
     "models": _models,
     "prepare": _prepare,

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import models
 from train import augment, methods
 from train.config import Config
+from train.evidence import Evidence
 from train.mesh import Layout, example_axis
 
 PyTree = Any
@@ -67,6 +68,7 @@ class State(NamedTuple):
         opt_state: state of the optimizer.
         method: state of the method, empty for most.
         sums: of the epoch at hand.
+        evidence: about every training example; None with several labels per example.
         failed: the first step that left a NaN or an Inf in the parameters or the running averages,
             or had no finite loss, int32 []; -1 while there is none.
     """
@@ -77,6 +79,7 @@ class State(NamedTuple):
     opt_state: PyTree
     method: PyTree
     sums: Sums
+    evidence: Evidence | None
     failed: jax.Array
 
 
@@ -87,11 +90,13 @@ class RawBatch(NamedTuple):
         images: uint8 [k, b, h, w, c].
         labels: given labels, int32 [k, b] or [k, b, classes].
         true: true labels, likewise.
+        indices: which training examples they are, int32 [k, b].
     """
 
     images: Any
     labels: Any
     true: Any
+    indices: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +161,12 @@ def build(
     multi_label: bool,
     steps_per_epoch: int,
     layout: Layout | None = None,
+    num_examples: int = 0,
 ) -> Program:
     """Builds the functions of a run; configs that differ in seed and labels alone share them.
 
-    With a layout they work on its mesh, else on one device.
+    With a layout they work on its mesh, else on one device. With `num_examples`, the size of the
+    training set, the steps gather evidence about each example.
     """
     return _build(
         dataclasses.replace(config, seed=0, noise="none", noise_rate=0.0),
@@ -169,6 +176,7 @@ def build(
         multi_label,
         steps_per_epoch,
         layout,
+        num_examples,
     )
 
 
@@ -181,6 +189,7 @@ def _build(
     multi_label: bool,
     steps_per_epoch: int,
     layout: Layout | None,
+    num_examples: int,
 ) -> Program:
     preset = augment.preset(config.augmentation, image_shape, max_value)
     method = methods.make(config, methods.Task(num_classes, multi_label, steps_per_epoch, layout))
@@ -222,6 +231,7 @@ def _build(
             opt_state=tx.init(params),
             method=method.init(params),
             sums=Sums.zeros(),
+            evidence=Evidence.zeros(num_examples) if num_examples and not multi_label else None,
             failed=jnp.full((), -1, jnp.int32),
         )
 
@@ -265,6 +275,7 @@ def _build(
             opt_state=opt_state,
             method=done.state,
             sums=_add_step(state.sums, raw, done, config.held_out, everywhere),
+            evidence=_add_evidence(state.evidence, raw, done.aux.logits, everywhere),
             failed=_first_failure(state, done.losses, (params, batch_stats)),
         )
 
@@ -335,6 +346,18 @@ def _first_failure(state: State, losses: jax.Array, new: PyTree) -> jax.Array:
     finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)])
     ok = jnp.all(finite) & jnp.any(jnp.isfinite(losses))
     return jnp.where((state.failed >= 0) | ok, state.failed, state.step)
+
+
+def _add_evidence(
+    evidence: Evidence | None,
+    raw: RawBatch,
+    logits: jax.Array,
+    everywhere: Callable[[PyTree], PyTree],
+) -> Evidence | None:
+    if evidence is None or raw.indices is None:
+        return evidence
+    logits = logits.reshape(-1, logits.shape[-1])
+    return evidence.add(*everywhere((raw.indices.ravel(), raw.labels.ravel(), logits)))
 
 
 def _add_step(

@@ -51,11 +51,13 @@ class Problem:
         dataset: with the training split that is trained on, its labels the given ones.
         true: the true labels of the training split.
         order: which examples make up the mini-batches of each step.
+        examples: their numbers in the training split of the data set, int [n].
     """
 
     dataset: data.Dataset
     true: np.ndarray
     order: sampler.Sampler
+    examples: np.ndarray
 
 
 @dataclasses.dataclass
@@ -96,8 +98,9 @@ def load_problem(config: Config) -> Problem:
         ValueError: if the choices do not fit the data.
     """
     dataset = _dataset(config.dataset, config.data_dir, config.image_size)
-    train = _subset(dataset.train, "train_size", config)
-    test = _subset(dataset.test, "test_size", config)
+    examples = _subset(len(dataset.train), "train_size", config)
+    train = _taken(dataset.train, examples)
+    test = _taken(dataset.test, _subset(len(dataset.test), "test_size", config))
     if config.pixels != "natural":
         train, test = (_permuted(split, config) for split in (train, test))
     dataset = dataclasses.replace(dataset, test=test)
@@ -114,17 +117,22 @@ def load_problem(config: Config) -> Problem:
         )
     given, order = _order(config, dataset, given, true)
     train = dataclasses.replace(train, labels=given)
-    return Problem(dataclasses.replace(dataset, train=train), true, order)
+    return Problem(dataclasses.replace(dataset, train=train), true, order, examples)
 
 
-def _subset(split: data.Split, name: str, config: Config) -> data.Split:
+def _subset(count: int, name: str, config: Config) -> np.ndarray:
+    """The numbers of the examples that a config takes of a split of `count`."""
     size = getattr(config, name)
-    if size is None or size == len(split):
-        return split
-    if size > len(split):
-        raise ConfigError(f"{name} is {size}, and {config.dataset} has {len(split)} examples")
+    if size is None or size == count:
+        return np.arange(count)
+    if size > count:
+        raise ConfigError(f"{name} is {size}, and {config.dataset} has {count} examples")
     rng = np.random.default_rng([_SUBSET, size])  # the same for all seeds
-    return split.take(np.sort(rng.permutation(len(split))[:size]))
+    return np.sort(rng.permutation(count)[:size])
+
+
+def _taken(split: data.Split, examples: np.ndarray) -> data.Split:
+    return split if len(examples) == len(split) else split.take(examples)
 
 
 def _permuted(split: data.Split, config: Config) -> data.Split:
@@ -186,6 +194,7 @@ def build_program(config: Config, problem: Problem, layout: Layout | None = None
         multi_label=dataset.multi_label,
         steps_per_epoch=problem.order.steps_per_epoch,
         layout=layout,
+        num_examples=len(dataset.train),
     )
 
 
@@ -320,11 +329,11 @@ def advance(
     waited = time.monotonic() - before
     if program.layout is None:
         labels, true = problem.dataset.train.labels[indices], problem.true[indices]
-        raw = jax.device_put(RawBatch(images, labels, true))
+        raw = jax.device_put(RawBatch(images, labels, true, indices))
     else:
         own = indices[program.layout.part(indices.shape)]
         labels, true = problem.dataset.train.labels[own], problem.true[own]
-        raw = program.layout.place(RawBatch(images, labels, true), indices.shape)
+        raw = program.layout.place(RawBatch(images, labels, true, own), indices.shape)
     with jax.transfer_guard("disallow"):
         return program.step(state, raw, key), waited
 
@@ -389,12 +398,16 @@ def evaluate_run(directory: pathlib.Path) -> dict[str, Any]:
     Raises:
         ConfigError: if there is no run, or no checkpoint yet.
     """
-    _, problem, program, state = _open(directory)
+    _, problem, program, state = open_run(directory)
     return {"step": int(state.step), **evaluate(program, state, problem)}
 
 
-def _open(directory: pathlib.Path) -> tuple[Config, Problem, Program, State]:
-    """The newest checkpoint of a run directory, with what it belongs to."""
+def open_run(directory: pathlib.Path) -> tuple[Config, Problem, Program, State]:
+    """The newest checkpoint of a run directory, with what it belongs to.
+
+    Raises:
+        ConfigError: if there is no run, or no checkpoint yet.
+    """
     file = directory / "config.json"
     if not file.exists():
         raise ConfigError(f"{directory} holds no run: there is no config.json")
@@ -413,7 +426,7 @@ def _open(directory: pathlib.Path) -> tuple[Config, Problem, Program, State]:
 
 def _network_of(directory: pathlib.Path, state: State) -> State:
     """The state with the network of a run directory's newest checkpoint."""
-    *_, trained = _open(directory)
+    *_, trained = open_run(directory)
 
     def shapes(of: State) -> Any:
         return jax.tree.map(jax.numpy.shape, (of.params, of.batch_stats))
@@ -432,7 +445,7 @@ def relabel_run(directory: pathlib.Path, seed: int = 0) -> tuple[np.ndarray, np.
     Returns:
         (given, true) labels of the training split, int32 [n] each.
     """
-    config, problem, program, state = _open(directory)
+    config, problem, program, state = open_run(directory)
     if problem.dataset.multi_label:
         raise ConfigError(f"{config.dataset} has several labels per example: nothing to relabel")
     scores = predict(program, state, problem.dataset.train, dropout=True, seed=seed)

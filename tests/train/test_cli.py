@@ -83,8 +83,8 @@ def test_help_names_every_command_and_exit_code():
 def test_an_unknown_command_lists_the_known_ones(capsys):
     assert call("trian") == 2
     assert capsys.readouterr().err == (
-        "unknown command 'trian'; known: demo, run, experiment, evaluate, relabel, list, models, "
-        "prepare\n"
+        "unknown command 'trian'; known: demo, run, experiment, report, evaluate, relabel, "
+        "suspects, list, models, prepare\n"
     )
 
 
@@ -273,7 +273,7 @@ def test_evaluate_agrees_with_the_last_line_of_metrics(finished, capsys):
     assert f"step {last['step']}" in shown
 
 
-@pytest.mark.parametrize("command", [["evaluate"], ["relabel", "--out", "x.npz"]])
+@pytest.mark.parametrize("command", [["evaluate"], ["suspects"], ["relabel", "--out", "x.npz"]])
 def test_what_is_no_run_is_exit_code_2(tmp_path, capsys, command):
     assert call(*command, tmp_path) == 2
     assert "holds no run: there is no config.json" in text(capsys)

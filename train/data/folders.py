@@ -64,6 +64,7 @@ def load(folder: pathlib.Path, image_size: int | None = None) -> Dataset:
         num_classes=len(class_names),
         class_names=class_names,
         image_shape=(height, width, channels),
+        train_files=tuple(str(path.relative_to(folder)) for path in found["train"][0]),
     )
 
 

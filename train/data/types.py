@@ -92,6 +92,7 @@ class Dataset:
         max_value: The largest possible pixel value, 255 but for digits (16).
         multi_label: Whether an image may have several labels.
         validation: A further split with clean labels, where the publisher has one.
+        train_files: The file of each image of the whole training split, as far as there are such.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Dataset:
     max_value: int = 255
     multi_label: bool = False
     validation: Split | None = None
+    train_files: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

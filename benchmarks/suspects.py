@@ -1,0 +1,172 @@
+"""How well `python -m train suspects` finds flipped labels, beside cleanlab and training loss.
+
+    python -m benchmarks.suspects --data-dir TFDS_FOLDER
+
+Writes ``docs/results/suspects.json``. Takes half an hour on two cores; finished runs are kept in
+``runs/suspects`` and not trained again. Needs the extra ``peers`` (cleanlab).
+
+Everything has the same network, learning rate and epochs. The rankings compared, by the area under
+the ROC curve and the precision at the true number of flips:
+
+- ``bilevel``: the score of a run that weighs by eq. (10).
+- ``sgd``: the same score of a run by plain SGD.
+- ``training_loss``: the loss of each example after the last epoch of plain SGD;
+  ``training_loss_bilevel``: of the bilevel run.
+- ``cleanlab_METHOD_EPOCH``: cleanlab's label quality (self-confidence, by which
+  `find_label_issues` ranks) of out-of-sample predictions, by 5-fold cross-validation of METHOD,
+  stopped at EPOCH.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from train import data, sampler, suspects, trainer
+from train.config import Config
+from train.demo import Demo
+from train.run_directory import environment, write_json
+
+FOLDS = 5
+DATA = {"digits": {}, "fashion_mnist": {"train_size": 4000}}
+NOISE = {
+    "symmetric_20": {"noise": "symmetric", "noise_rate": 0.2},
+    "symmetric_50": {"noise": "symmetric", "noise_rate": 0.5},
+    "pair_flip_20": {"noise": "pair_flip", "noise_rate": 0.2},
+}
+METHODS = ("sgd", "bilevel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Ranks flipped labels in six cases."""
+
+    data_dir: Annotated[str | None, tyro.conf.arg(help="where TFDS keeps Fashion-MNIST")] = None
+    datasets: tuple[str, ...] = tuple(DATA)
+    seeds: tuple[int, ...] = (0,)
+    cross_validate: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="methods whose predictions cleanlab gets")
+    ] = METHODS
+    runs: pathlib.Path = pathlib.Path("runs/suspects")
+    out: pathlib.Path = pathlib.Path("docs/results/suspects.json")
+
+
+def quality(order: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
+    """Of a ranking, the most suspicious first: AUC and precision at the number of flips, in %."""
+    from sklearn.metrics import roc_auc_score
+
+    ranked = wrong[order]
+    return {
+        "auc": 100 * float(roc_auc_score(ranked, -np.arange(len(ranked)))),
+        "precision": 100 * float(ranked[: ranked.sum()].mean()),
+    }
+
+
+def cross_validated(config: Config, problem: trainer.Problem) -> dict[int, np.ndarray]:
+    """Out-of-sample probabilities [n, classes] at a fifth, at half and at all of the epochs."""
+    train = problem.dataset.train
+    order = np.random.default_rng(0).permutation(len(train))
+    folds = np.empty(len(train), np.int64)
+    for c in range(problem.dataset.num_classes):  # stratified by the given labels
+        members = order[train.labels[order] == c]
+        folds[members] = np.arange(len(members)) % FOLDS
+    stops = (config.epochs // 5, config.epochs // 2, config.epochs)
+    chances = {epoch: np.zeros((len(train), problem.dataset.num_classes)) for epoch in stops}
+    for fold in range(FOLDS):
+        kept, left_out = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        part = train.take(kept)
+        smaller = trainer.Problem(
+            dataclasses.replace(problem.dataset, train=part),
+            problem.true[kept],
+            sampler.stratified(part.labels, config.k, config.b, seed=config.seed),
+            problem.examples[kept],
+        )
+        program = trainer.build_program(config, smaller)
+        state = program.init(jax.random.key(config.seed))
+        steps = config.epochs * smaller.order.steps_per_epoch
+        batches = iter(data.batches(part, smaller.order, num_steps=steps))
+        for step in range(1, steps + 1):
+            state, _ = trainer.advance(program, smaller, batches, state, jax.random.key(1))
+            epoch, rest = divmod(step, smaller.order.steps_per_epoch)
+            if epoch in stops and not rest:
+                scores = trainer.predict(program, state, train.take(left_out))
+                chances[epoch][left_out] = np.exp(scores.astype(np.float64))
+    return {epoch: p / p.sum(axis=1, keepdims=True) for epoch, p in chances.items()}
+
+
+def cleanlab(given: np.ndarray, chances: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
+    """The quality of cleanlab's ranking, and what `find_label_issues` flags."""
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores
+
+    flagged = find_label_issues(given, chances, n_jobs=1)
+    return {
+        **quality(np.argsort(get_label_quality_scores(given, chances), kind="stable"), wrong),
+        "flagged": int(flagged.sum()),
+        "flagged_precision": 100 * float(wrong[flagged].mean()),
+        "flagged_recall": 100 * float(flagged[wrong].mean()),
+    }
+
+
+def measure(config: Config, runs: pathlib.Path, cross_validate: tuple[str, ...]) -> dict[str, Any]:
+    """All rankings of one case."""
+    results: dict[str, Any] = {}
+    for method in METHODS:
+        arm = dataclasses.replace(config, method=method)
+        directory = runs / f"{arm.dataset}-{arm.noise}-{arm.noise_rate}-{method}-{arm.digest()}"
+        trainer.train(arm, directory, trainer.Options(tensorboard=False))
+        found = suspects.rank(directory)
+        results[method] = suspects.measure(found)
+        _, problem, program, state = trainer.open_run(directory)
+        train = problem.dataset.train
+        wrong = train.labels != problem.true
+        scores = trainer.predict(program, state, train)
+        of_given = np.take_along_axis(scores, train.labels[:, None], axis=1)[:, 0]
+        name = "training_loss" if method == "sgd" else "training_loss_bilevel"
+        results[name] = quality(np.argsort(of_given, kind="stable"), wrong)
+        if method not in cross_validate:
+            continue
+        file = directory / "cross_validated.npz"
+        if not file.exists():
+            chances = cross_validated(arm, problem)
+            np.savez_compressed(file, **{str(epoch): p for epoch, p in chances.items()})
+        with np.load(file) as chances:
+            for epoch in chances:
+                results[f"cleanlab_{method}_{epoch}"] = cleanlab(
+                    train.labels, chances[epoch], wrong
+                )
+    return results
+
+
+def main(options: Options, console: Console) -> None:
+    """Measures all cases and seeds; writes the file after each."""
+    here = environment()
+    here = {name: here[name] for name in ("time", "revision", "python", "packages", "devices")}
+    summary = {"environment": here, "cases": {}}
+    if options.out.exists():
+        summary["cases"] = json.loads(options.out.read_text())["cases"]
+    for seed in options.seeds:
+        for dataset in options.datasets:
+            for name, noise in NOISE.items():
+                directory = options.data_dir if dataset != "digits" else None
+                config = dataclasses.replace(
+                    Demo().config,
+                    dataset=dataset, data_dir=directory, seed=seed, **DATA[dataset], **noise,
+                )  # fmt: skip
+                results = measure(config, options.runs, options.cross_validate)
+                summary["cases"].setdefault(f"{dataset}/{name}", {})[str(seed)] = results
+                write_json(options.out, summary)
+                console.print(f"{dataset} {name}, seed {seed}: AUC, precision")
+                for ranking, figures in results.items():
+                    console.print(
+                        f"  {ranking:24} {figures['auc']:6.2f} {figures['precision']:6.2f}"
+                    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, prog="python -m benchmarks.suspects"), Console())

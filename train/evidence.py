@@ -1,0 +1,86 @@
+"""What a run learns about every single training example on the way: whose label may be wrong?
+
+A network that is kept from memorising never comes to believe a wrong label, and says so each time
+that it sees the example. Each step's own logits, from before the step, are added up, so that the
+evidence costs no forward pass.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.methods import cross_entropy
+
+
+class Evidence(NamedTuple):
+    """Sums over all visits of each example so far, on the device; part of the checkpoint.
+
+    In training mode, that is with augmentation, dropout and the mini-batch's own batch statistics.
+
+    Attributes:
+        visits: how often the example was seen with finite logits, int32 [n].
+        loss: sum of its losses, float32 [n].
+        margin: sum of its margins, the logit of the given label less the largest other logit,
+            float32 [n].
+        agreed: how often the given label was the predicted one, int32 [n].
+    """
+
+    visits: jax.Array
+    loss: jax.Array
+    margin: jax.Array
+    agreed: jax.Array
+
+    @classmethod
+    def zeros(cls, num_examples: int) -> "Evidence":
+        """No evidence yet."""
+        dtypes = {"visits": jnp.int32, "agreed": jnp.int32}
+        return cls(*(jnp.zeros(num_examples, dtypes.get(x, jnp.float32)) for x in cls._fields))
+
+    def add(self, indices: jax.Array, labels: jax.Array, logits: jax.Array) -> "Evidence":
+        """Adds a step.
+
+        Args:
+            indices: which examples were seen, int32 [m].
+            labels: their given labels, int32 [m].
+            logits: float32 [m, classes].
+        """
+        given = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+        is_given = labels[:, None] == jnp.arange(logits.shape[1])
+        margin = given - jnp.max(jnp.where(is_given, -jnp.inf, logits), axis=1)
+        finite = jnp.all(jnp.isfinite(logits), axis=1)
+        new = {
+            "visits": finite,
+            "loss": jnp.where(finite, cross_entropy(logits, labels), 0),
+            "margin": jnp.where(finite, margin, 0),
+            "agreed": finite & (margin > 0),
+        }
+        sums = self._asdict()
+        return Evidence(
+            **{k: sums[k].at[indices].add(x.astype(sums[k].dtype)) for k, x in new.items()}
+        )
+
+
+class Means(NamedTuple):
+    """Evidence per visit, NumPy float64 [n] each, NaN for an example that was never seen.
+
+    Attributes:
+        score: how suspicious the given label is: minus the mean margin, so that it is positive
+            where the network on the whole preferred another label. The mean margin over the
+            epochs is the area under the margin of Pleiss et al., "Identifying Mislabeled Data
+            using the Area Under the Margin Ranking" (NeurIPS 2020), eq. (2).
+        loss: mean loss.
+        agreement: share of visits at which the given label was the predicted one.
+    """
+
+    score: np.ndarray
+    loss: np.ndarray
+    agreement: np.ndarray
+
+
+def means(evidence: Any) -> Means:
+    """The evidence of a state, per visit."""
+    visits, loss, margin, agreed = (np.asarray(x, np.float64) for x in evidence)
+    visits = np.where(visits > 0, visits, np.nan)
+    return Means(score=-margin / visits, loss=loss / visits, agreement=agreed / visits)
