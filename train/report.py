@@ -58,6 +58,24 @@ class Section:
     rows: list[Row]
     missing: list[str]
 
+    @property
+    def papers_data(self) -> bool:
+        """Whether the paper's numbers were taken on the same data and networks."""
+        return self.key.endswith("-paper")
+
+    @property
+    def note(self) -> str:
+        """What the reader must know beside the title; may be empty."""
+        notes = []
+        if not self.papers_data and any(row.arm.paper for row in self.rows):
+            notes.append(
+                "The paper's numbers are of its own data and networks, much larger: compare the "
+                "differences between rows, not the numbers."
+            )
+        if self.missing:
+            notes.append(f"Not run yet: {', '.join(self.missing)}.")
+        return " ".join(notes)
+
     def panels(self) -> dict[Panel, list[Row]]:
         """The rows by panel, in their order."""
         panels: dict[Panel, list[Row]] = {}
@@ -215,7 +233,10 @@ def summary(sections: list[Section]) -> dict[str, Any]:
 
 def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
     for number, (panel, rows) in enumerate(section.panels().items(), 1):
-        drawn = [{**row.figures, "x": row.arm.x, "paper": row.arm.paper} for row in rows]
+        drawn = [
+            {**row.figures, "x": row.arm.x, "paper": row.arm.paper if section.papers_data else {}}
+            for row in rows
+        ]
         if panel.x is not None and len({row.arm.x for row in rows}) > 1:
             curves: dict[str, list[Any]] = {}
             for row, figures in zip(rows, drawn, strict=True):
@@ -276,8 +297,8 @@ def markdown(sections: list[Section], figures: str) -> str:
     ]
     for section in sections:
         lines += ["", f"## {section.title}"]
-        if section.missing:
-            lines += ["", f"Not run yet: {', '.join(f'`{label}`' for label in section.missing)}."]
+        if section.note:
+            lines += ["", section.note]
         for number, (panel, rows) in enumerate(section.panels().items(), 1):
             headings, cells = _table(rows)
             lines += [
@@ -335,9 +356,8 @@ def _page(sections: list[Section], figures: dict[str, list[str]]) -> str:
     ]
     for section in sections:
         body.append(f'<section id="{section.key}"><h2>{escape(section.title)}</h2>')
-        if section.missing:
-            labels = escape(", ".join(section.missing))
-            body.append(f'<p class="soft">Not run yet: {labels}.</p>')
+        if section.note:
+            body.append(f'<p class="soft">{escape(section.note)}</p>')
         body.append('<div class="figures">')
         body += [f"<figure>{svg}</figure>" for svg in figures[section.key]]
         body.append("</div>")

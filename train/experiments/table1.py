@@ -80,7 +80,7 @@ def _arms(scale: Scale) -> list[Arm]:
     for network, (title, base) in bases.items():
         for percent in (0, 50):
             panel = Panel(f"{title}, {'50% wrong' if percent else 'clean'} labels")
-            printed = PAPER.get((network, percent), {})
+            printed = PAPER["cifarnet" if network == "mlp" else network, percent]
             for row, (series, changes) in ROWS.items():
                 train_test = zip(("train", "test"), printed.get(row, ()), strict=False)
                 arms.append(

@@ -36,7 +36,8 @@ PAPER = {"sgd": {"train": 50.0, "test": 33.2}, "bilevel": {"train": 34.8, "test"
 def _arms(scale: Scale) -> list[Arm]:
     if scale == "laptop":
         base = dataclasses.replace(LAPTOP, pixels="random")
-        return compare(base, ABLATED, Panel("Fashion-MNIST with random pixels, MLP"))
+        panel = Panel("Fashion-MNIST with random pixels, MLP")
+        return compare(base, ABLATED, panel, paper=PAPER)
     base = dataclasses.replace(INCEPTION, pixels="random")
     return compare(base, ABLATED, Panel("CIFAR-10 with random pixels, Inception"), paper=PAPER)
 
