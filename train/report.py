@@ -245,8 +245,9 @@ def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
                 points.sort(key=lambda point: point["x"])
             figure = plots.draw_points(panel.title, panel.x, panel.log, curves)
         else:
+            at = "" if panel.x is None else f"; {panel.x}: {rows[0].arm.x:g}"
             figure = plots.draw_rows(
-                panel.title,
+                f"{panel.title}{at}",
                 {row.arm.series: figures for row, figures in zip(rows, drawn, strict=True)},
                 {row.arm.series: row.curves for row in rows},
             )

@@ -64,4 +64,4 @@ def _arms(scale: Scale) -> list[Arm]:
     ]
 
 
-EXPERIMENT = Experiment("figure3", "Figure 3: label noise, CifarNet", __doc__, _arms)
+EXPERIMENT = Experiment("figure3", "Figure 3: label noise", __doc__, _arms)
