@@ -23,6 +23,8 @@ GPU.
 
 Scale laptop: the MLP of figure 3 with dropout 0.5, 8 × 8, on 4,000 images of Fashion-MNIST. Two
 CPU cores: 10 to 25 s a run; 48 runs.
+
+What was measured here is in docs/results/tables.md.
 """
 
 import dataclasses

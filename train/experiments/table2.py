@@ -15,6 +15,8 @@ needs a GPU.
 
 Scale laptop: the MLP of figure 3, 8 × 8, on 4,000 images of Fashion-MNIST with permuted pixels.
 Two CPU cores: 10 to 25 s a run; 12 runs.
+
+What was measured here is in docs/results/tables.md.
 """
 
 import dataclasses

@@ -25,6 +25,8 @@ learning rate 0.1, ÷ 10 at half and at three quarters of 200 epochs, momentum 0
 
 Scale laptop: figure 3's arms at 40%, whose runs it shares, and the methods that figure 3 leaves
 out. Two CPU cores: 10 to 25 s a run; 36 runs, 27 of them figure 3's.
+
+What was measured here is in docs/results/tables.md.
 """
 
 import dataclasses
