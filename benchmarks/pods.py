@@ -170,11 +170,13 @@ def compile_step(topology: str, k: int) -> dict[str, Any]:
         .compile()
     )
     seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
     arguments = memory.argument_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
-        "moved": traffic.bytes_moved(compiled.as_text(), len(devices)),
+        "moved": traffic.bytes_moved(text, len(devices)),
         "memory": arguments + results + memory.temp_size_in_bytes,
         "arguments": arguments,
         "temporary": memory.temp_size_in_bytes,

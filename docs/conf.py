@@ -29,5 +29,5 @@ autodoc_typehints = "none"
 napoleon_custom_sections = ["Warns"]
 html_theme = "furo"
 html_title = f"optax_bilevel {version}"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "results"]
 doctest_global_setup = "import jax, jax.numpy as jnp, optax, optax_bilevel"

@@ -134,10 +134,10 @@ def bilevel_value_and_grad(
         _past.check(past, params, rule, "init_past(params)")
         has_past = _past.has_past(past)
         grouping = _inner_products.resolve_groups(params, groups)
+        own, k, first = end - rule.held_out, end, 0
         if axis_name is not None:
             # Or shard_map would add up the gradients over the devices, each time.
             params = _inner_products.vary(params, axis_name)
-            own = end - rule.held_out
             k, first = _share(own, rule.held_out, axis_name)
         unroll = (loop or _best_loop(loss_fn, params, batches)) == "unroll"
 
@@ -172,6 +172,7 @@ def bilevel_value_and_grad(
                 sums["plain"] = _inner_products.finite_sum(grads, sq_norms, grouping)
             return sums, (values, dots.T, sq_norms.T)
 
+        records = []
         if past is None:
             validation, records = _accumulate(validate, None, 0, num_validation, chunk_size)
             sums = {"weighted": validation}
@@ -180,8 +181,8 @@ def bilevel_value_and_grad(
             if axis_name is not None:
                 validation = _inner_products.vary(validation, axis_name)
             sums = {"weighted": validation, "plain": validation}
-        if past is not None or axis_name is not None:
-            records = []  # validation mini-batches, if any, come again on the first devices
+        if axis_name is not None:
+            records = []  # the validation mini-batches come again, on the first devices
         begin = rule.held_out
         total = None
         if not unroll and (chunks := (end - begin) // chunk_size) > 1:

@@ -4,6 +4,7 @@ import dataclasses
 import html
 import json
 import pathlib
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -49,7 +50,7 @@ class Section:
         title: for the reader.
         about: the docstring of the experiment.
         rows: its arms with finished runs.
-        missing: labels of the arms without.
+        missing: labels of its other arms.
     """
 
     key: str
@@ -57,6 +58,25 @@ class Section:
     about: str
     rows: list[Row]
     missing: list[str]
+
+    @property
+    def papers_data(self) -> bool:
+        """Whether the paper's numbers were taken on the same data and networks."""
+        return self.key.endswith("-paper")
+
+    @property
+    def note(self) -> str:
+        """What the reader must know beside the title; may be empty."""
+        notes = []
+        if not self.papers_data and any(row.arm.paper for row in self.rows):
+            notes.append(
+                "The paper's numbers are of its own data and networks, much larger: compare the "
+                "differences between rows, not the numbers."
+            )
+        if self.missing:
+            every = len(self.rows) + len(self.missing)
+            notes.append(f"Finished: {len(self.rows)} of {every} arms.")
+        return " ".join(notes)
 
     def panels(self) -> dict[Panel, list[Row]]:
         """The rows by panel, in their order."""
@@ -132,9 +152,7 @@ def _row(arm: Arm, finished: dict[int, Outcome], command: str, directory: Any) -
 def _command(run: pathlib.Path) -> str:
     config = Config.from_json(json.loads((run / "config.json").read_text()))
     words = ["python", "-m", "train", "run", *config.flags(), "--out", str(run)]
-    return " ".join(
-        word if word.isprintable() and " " not in word else repr(word) for word in words
-    )
+    return shlex.join(words)
 
 
 def _others(runs: list[pathlib.Path]) -> Section:
@@ -190,10 +208,10 @@ def write(paths: Sequence[pathlib.Path], out: pathlib.Path, docs: pathlib.Path |
             inline.setdefault(section.key, []).append(plots.inline_svg(figure, name))
             plt.close(figure)
     (out / "index.html").write_text(_page(sections, inline))
-    (out / "report.md").write_text(markdown(sections, "figures"))
+    (out / "report.md").write_text(markdown(sections))
     if docs is not None:
         write_json(docs / "summary.json", summary(sections))
-        (docs / "tables.md").write_text(markdown(sections, "results/figures"))
+        (docs / "tables.md").write_text(markdown(sections))
     return sum(len(section.rows) for section in sections)
 
 
@@ -215,7 +233,10 @@ def summary(sections: list[Section]) -> dict[str, Any]:
 
 def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
     for number, (panel, rows) in enumerate(section.panels().items(), 1):
-        drawn = [{**row.figures, "x": row.arm.x, "paper": row.arm.paper} for row in rows]
+        drawn = [
+            {**row.figures, "x": row.arm.x, "paper": row.arm.paper if section.papers_data else {}}
+            for row in rows
+        ]
         if panel.x is not None and len({row.arm.x for row in rows}) > 1:
             curves: dict[str, list[Any]] = {}
             for row, figures in zip(rows, drawn, strict=True):
@@ -224,8 +245,9 @@ def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
                 points.sort(key=lambda point: point["x"])
             figure = plots.draw_points(panel.title, panel.x, panel.log, curves)
         else:
+            at = "" if panel.x is None else f"; {panel.x}: {rows[0].arm.x:g}"
             figure = plots.draw_rows(
-                panel.title,
+                f"{panel.title}{at}",
                 {row.arm.series: figures for row, figures in zip(rows, drawn, strict=True)},
                 {row.arm.series: row.curves for row in rows},
             )
@@ -242,6 +264,7 @@ def _cells(row: Row) -> dict[str, str]:
 
     best = [max(lines, key=lambda line: line["test"])["epoch"] for lines in row.curves]
     memory = figures.get("memory_mb_mean")
+    clean = row.arm.config.noise == "none" and row.arm.after is None
     return {
         "arm": row.arm.label,
         "test, last": with_deviation("test_last"),
@@ -251,7 +274,7 @@ def _cells(row: Row) -> dict[str, str]:
         "train, given": with_deviation("train_noisy"),
         "paper: train": f"{paper['train']:.1f}" if "train" in paper else "",
         "train, true": with_deviation("train_clean"),
-        "gap": f"{figures['train_noisy_mean'] - figures['test_last_mean']:.1f}",
+        "gap": f"{figures['train_clean_mean'] - figures['test_last_mean']:.1f}" if clean else "",
         "seeds": str(len(figures["seeds"])),
         "steps": f"{figures['steps']:,}",
         "visits": f"{figures['visits']:,}",
@@ -267,24 +290,25 @@ def _table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     return headings, [[row[name] for name in headings] for row in cells]
 
 
-def markdown(sections: list[Section], figures: str) -> str:
-    """Headings, figures and tables; `figures` is where the figures are, for the links."""
+def markdown(sections: list[Section]) -> str:
+    """Headings, figures (in the folder ``figures``) and tables."""
     lines = [
         "Accuracy in %, mean ± standard deviation over seeds; `test`: clean test labels, last and "
-        "best epoch; `train`: on the given (noisy) and on the true labels; `gap`: train, given, "
-        "less test, last; `visits`: images seen in training; `MB`: peak main memory.",
+        "best epoch; `train`: on the given (noisy) and on the true labels; `gap`: train less "
+        "test, last, where labels are clean; `visits`: images seen in training; `MB`: peak main "
+        "memory.",
     ]
     for section in sections:
         lines += ["", f"## {section.title}"]
-        if section.missing:
-            lines += ["", f"Not run yet: {', '.join(f'`{label}`' for label in section.missing)}."]
+        if section.note:
+            lines += ["", section.note]
         for number, (panel, rows) in enumerate(section.panels().items(), 1):
             headings, cells = _table(rows)
             lines += [
                 "",
                 f"### {panel.title}",
                 "",
-                f"![{panel.title}]({figures}/{section.key}-{number}.png)",
+                f"![{panel.title}](figures/{section.key}-{number}.png)",
                 "",
                 f"| {' | '.join(headings)} |",
                 f"|---|{'---:|' * (len(headings) - 1)}",
@@ -327,17 +351,17 @@ def _page(sections: list[Section], figures: dict[str, list[str]]) -> str:
     body = [
         "<h1>Deep Bilevel Learning: runs</h1>",
         '<p class="soft">Accuracy in %, mean ± standard deviation over seeds. Test: clean labels,',
-        "last and best epoch. Train: on the given (noisy) and on the true labels. Gap: train,",
-        "given, less test, last. Visits: images seen in training. MB: peak main memory.</p>",
+        "last and best epoch. Train: on the given (noisy) and on the true labels. Gap: train",
+        "less test, last, where labels are clean. Visits: images seen in training. MB: peak main",
+        "memory.</p>",
         "<nav>",
         *(f'<a href="#{s.key}">{escape(s.title)}</a>' for s in sections),
         "</nav>",
     ]
     for section in sections:
         body.append(f'<section id="{section.key}"><h2>{escape(section.title)}</h2>')
-        if section.missing:
-            labels = escape(", ".join(section.missing))
-            body.append(f'<p class="soft">Not run yet: {labels}.</p>')
+        if section.note:
+            body.append(f'<p class="soft">{escape(section.note)}</p>')
         body.append('<div class="figures">')
         body += [f"<figure>{svg}</figure>" for svg in figures[section.key]]
         body.append("</div>")

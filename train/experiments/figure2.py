@@ -10,11 +10,13 @@ and falls a little on clean labels; and that μ has no significant influence.
 
 Scale paper (section 5.1): CIFAR-10, CifarNet and Inception, clean and 50% wrong labels, 200
 epochs; 8 × 16 but where it is varied; k at a fixed total of 128 images a step; the mini-batch size
-at k = 8, with as many visits of each image. 88 runs; needs a GPU.
+at k = 8, with as many visits of each image. 72 runs; needs a GPU.
 
 Scale laptop: the MLP of figure 3 on 4,000 images of Fashion-MNIST, 8 × 8; k at a fixed total of
 64, beside it the uniform control and eq. (8). Two CPU cores: 10 to 40 s a run (two minutes at
-b = 1); 144 runs.
+b = 1); 168 runs.
+
+What was measured here is in docs/results/tables.md.
 """
 
 import dataclasses

@@ -23,6 +23,8 @@ GPU.
 
 Scale laptop: the MLP of figure 3 with dropout 0.5, 8 × 8, on 4,000 images of Fashion-MNIST. Two
 CPU cores: 10 to 25 s a run; 48 runs.
+
+What was measured here is in docs/results/tables.md.
 """
 
 import dataclasses
@@ -80,7 +82,7 @@ def _arms(scale: Scale) -> list[Arm]:
     for network, (title, base) in bases.items():
         for percent in (0, 50):
             panel = Panel(f"{title}, {'50% wrong' if percent else 'clean'} labels")
-            printed = PAPER.get((network, percent), {})
+            printed = PAPER["cifarnet" if network == "mlp" else network, percent]
             for row, (series, changes) in ROWS.items():
                 train_test = zip(("train", "test"), printed.get(row, ()), strict=False)
                 arms.append(

@@ -15,6 +15,8 @@ needs a GPU.
 
 Scale laptop: the MLP of figure 3, 8 × 8, on 4,000 images of Fashion-MNIST with permuted pixels.
 Two CPU cores: 10 to 25 s a run; 12 runs.
+
+What was measured here is in docs/results/tables.md.
 """
 
 import dataclasses
@@ -36,7 +38,8 @@ PAPER = {"sgd": {"train": 50.0, "test": 33.2}, "bilevel": {"train": 34.8, "test"
 def _arms(scale: Scale) -> list[Arm]:
     if scale == "laptop":
         base = dataclasses.replace(LAPTOP, pixels="random")
-        return compare(base, ABLATED, Panel("Fashion-MNIST with random pixels, MLP"))
+        panel = Panel("Fashion-MNIST with random pixels, MLP")
+        return compare(base, ABLATED, panel, paper=PAPER)
     base = dataclasses.replace(INCEPTION, pixels="random")
     return compare(base, ABLATED, Panel("CIFAR-10 with random pixels, Inception"), paper=PAPER)
 

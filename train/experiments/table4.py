@@ -18,6 +18,8 @@ runs; needs a GPU and 150 GB of disk.
 
 Scale laptop: Fashion-MNIST, the MLP of figure 3. The teacher, with dropout 0.9 for few epochs,
 mislabels about as much as the paper's. Two CPU cores: 5 to 25 s a run; 27 runs.
+
+What was measured here is in docs/results/tables.md.
 """
 
 import dataclasses

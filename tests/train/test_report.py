@@ -1,0 +1,179 @@
+"""The report of tiny runs."""
+
+import html
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from tests.train import tiny
+from tests.train.test_config import others
+from train import __main__ as cli
+from train import experiments, report, trainer
+from train.config import Config
+from train.experiments.common import Arm, Experiment, Panel, compare
+from train.run_directory import read_metrics
+
+METHODS = ("uniform", "bilevel")
+
+
+def arms_of(scale):
+    base = tiny.config(epochs=2)
+    along = Panel("digits by k", "k", log=True)
+    return [
+        *compare(
+            base, METHODS, Panel("digits, 50% wrong labels"), "noisy-",
+            paper={"bilevel": {"test": 47.62, "train": 89.28}},
+        ),
+        *(
+            Arm(f"k{k}", tiny.config(epochs=1, k=k, b=32 // k), along, "clean labels", k)
+            for k in (2, 4)
+        ),
+        Arm("never", base, along, "clean labels", 8),
+    ]  # fmt: skip
+
+
+EXPERIMENT = Experiment("table1", "Table 1: ablations", "About <it>.", arms_of)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Runs of an experiment and one of none, and the folders that the report wrote."""
+    root = tmp_path_factory.mktemp("report")
+    runs = root / "runs" / "table1-laptop"
+    for arm in arms_of("laptop")[:-1]:
+        for seed in (0, 1):
+            config = tiny.config(**{**vars(arm.config), "seed": seed})
+            trainer.train(config, runs / f"{arm.label}-s{seed}", tiny.options())
+    single = tiny.config(epochs=1, mu=0.5)
+    trainer.train(single, root / "runs" / "single", tiny.options())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "load", lambda name: EXPERIMENT)
+        command = ["report", str(root / "runs"), "--out", str(root / "out"), "--docs"]
+        assert cli.main([*command, str(root / "docs")]) == 0
+    return root
+
+
+def test_the_page_needs_nothing_else(done):
+    page = (done / "out" / "index.html").read_text()
+    without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert "http" not in without_namespaces
+    assert not re.search(r'(src|href)="(?!#)', page)
+    assert not re.search(r"url\((?!#)", page)
+    assert "<script" not in page
+    assert 'name="viewport"' in page
+    assert "prefers-color-scheme: dark" in page
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
+
+
+def test_the_page_has_the_command_of_every_arm(done):
+    page = html.unescape((done / "out" / "index.html").read_text())
+    for label in ("noisy-uniform", "noisy-bilevel", "k2", "k4"):
+        assert (
+            f"python -m train experiment table1 --scale laptop --only {label} --seeds 0 1" in page
+        )
+        assert f"--out {done / 'runs' / 'table1-laptop' / label}-s0" in page
+    assert f"--mu 0.5 --out {done / 'runs' / 'single'}" in page
+    assert "About <it>." in page
+
+
+def test_the_figures_are_drawn(done):
+    names = [f"{name}-{i}" for name, count in (("table1-laptop", 2), ("runs", 1)) for i in
+             range(1, count + 1)]  # fmt: skip
+    figures = done / "out" / "figures"
+    assert {file.name for file in figures.iterdir()} == {
+        f"{name}.{suffix}" for name in names for suffix in ("png", "svg")
+    }
+    for name in names:
+        pixels = imread(figures / f"{name}.png")[..., :3]
+        assert 0.01 < (pixels.min(axis=-1) < 0.9).mean() < 0.5
+    assert (done / "out" / "index.html").read_text().count("<svg") == len(names)
+    assert {file.stem for file in (done / "docs" / "figures").iterdir()} == set(names)
+
+
+def rows(markdown):
+    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    table, heads = {}, []
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == "arm":
+            heads = cells
+        else:
+            table[cells[0]] = dict(zip(heads, cells, strict=True))
+    return table
+
+
+def test_the_table_has_the_figures_of_the_runs(done):
+    markdown = (done / "out" / "report.md").read_text()
+    table = rows(markdown)
+    assert set(table) == {"noisy-uniform", "noisy-bilevel", "k2", "k4", "single"}
+    row = table["noisy-bilevel"]
+    lines = [read_metrics(done / "runs/table1-laptop" / f"noisy-bilevel-s{s}") for s in (0, 1)]
+    last = [run[-1]["test"] for run in lines]
+    assert row["test, last"] == f"{np.mean(last):.1f} ± {np.std(last, ddof=1):.1f}"
+    best = [max(line["test"] for line in run) for run in lines]
+    assert row["test, best"] == f"{np.mean(best):.1f} ± {np.std(best, ddof=1):.1f}"
+    assert (row["paper: test"], row["paper: train"]) == ("47.6", "89.3")
+    assert (row["steps"], row["visits"], row["seeds"]) == ("8", "256", "2")
+    assert int(row["MB"]) > 100
+    gap = float(row["train, true"].split()[0]) - float(row["test, last"].split()[0])
+    assert float(row["gap"]) == pytest.approx(gap, abs=0.11)
+    assert "±" not in table["single"]["test, last"]
+    assert "Finished: 4 of 5 arms." in markdown
+    assert "of its own data and networks" in markdown
+    assert "| arm | test, last | test, best |" in markdown  # without the paper's empty columns
+
+
+def test_what_goes_into_the_documentation(done):
+    summary = json.loads((done / "docs" / "summary.json").read_text())
+    assert list(summary) == [
+        "table1/noisy-uniform", "table1/noisy-bilevel", "table1/k2", "table1/k4", "runs/single",
+    ]  # fmt: skip
+    row = summary["table1/noisy-bilevel"]
+    assert {"test_last_mean", "test_last_std", "test_best_mean", "seeds", "command"} <= set(row)
+    assert row["seeds"] == [0, 1]
+    assert row["paper"] == {"test": 47.62, "train": 89.28}
+    tables = (done / "docs" / "tables.md").read_text()
+    for link in re.findall(r"!\[[^]]*\]\(([^)]*)\)", tables):
+        assert (done / "docs" / link).exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "there is no folder"),
+        (lambda folder: folder.mkdir(), "no finished run in"),
+    ],
+)
+def test_nothing_to_report_is_exit_code_2(tmp_path, capsys, make, message):
+    make(tmp_path / "runs")
+    out = tmp_path / "out"
+    assert cli.main(["report", str(tmp_path / "runs"), "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", list(others()))
+def test_the_flags_of_a_config_make_it_again(name, monkeypatch):
+    config = others()[name]
+    asked = []
+    monkeypatch.setattr(trainer, "load_problem", lambda config: asked.append(config) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", "--out", "never", *config.flags()])
+    assert asked == [config]
+
+
+def test_a_command_can_be_pasted_into_a_shell(tmp_path):
+    run = tmp_path / "with a blank"
+    config = tiny.config(epochs=1, hidden=(8, 8))
+    trainer.train(config, run, tiny.options())
+    (section,) = report.read([tmp_path])
+    words = shlex.split(section.rows[0].command)
+    assert words[:4] == ["python", "-m", "train", "run"]
+    assert words[4:] == [*config.flags(), "--out", str(run)]
+    assert Config.from_json(json.loads((run / "config.json").read_text())) == config
