@@ -181,7 +181,7 @@ def main(options: Benchmarks, console: Console) -> None:
         for name, figures in _PARTS[part](options, console).items():
             known = summary.get(name)
             both = isinstance(known, dict) and isinstance(figures, dict)
-            summary[name] = {**known, **figures} if both else figures
+            summary[name] = known | figures if both else figures
         write_json(file, summary)
         console.print(Markdown(tables.PARTS[part](summary)))
         console.print(f"  {time.monotonic() - started:.0f} s")

@@ -58,7 +58,7 @@ def measure(rounds: int = 9) -> dict[str, dict[str, float]]:
     }
 
 
-def _rule(solver: str) -> Callable[[jax.Array], jax.Array]:
+def _rule(solver: str) -> Callable[[jax.Array], Any]:
     rule = optax_bilevel.bilevel_reweight(LAM, MU, solver=solver)
     return lambda stack: rule.update(stack, rule.init(jnp.zeros(stack.shape[1:])))[0]
 
@@ -77,8 +77,8 @@ def _time(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, flo
 
 
 def _torch_steps(case: steps.Case) -> dict[str, Callable[[], Any]]:
-    import torch
-    from torchjd import aggregation
+    import torch  # pyright: ignore[reportMissingImports]
+    from torchjd import aggregation  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
@@ -146,8 +146,8 @@ def _torch_steps(case: steps.Case) -> dict[str, Callable[[], Any]]:
 
 
 def _torch_stacks(k: int, size: int, rounds: int) -> dict[str, float]:
-    import torch
-    from torchjd import aggregation
+    import torch  # pyright: ignore[reportMissingImports]
+    from torchjd import aggregation  # pyright: ignore[reportMissingImports]
 
     stack = torch.randn(k, size)
     functions = {}

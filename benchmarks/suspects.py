@@ -101,8 +101,8 @@ def cross_validated(config: Config, problem: trainer.Problem) -> dict[int, np.nd
 
 def cleanlab(given: np.ndarray, chances: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
     """The quality of cleanlab's ranking, and what `find_label_issues` flags."""
-    from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_label_quality_scores
+    from cleanlab.filter import find_label_issues  # pyright: ignore[reportMissingImports]
+    from cleanlab.rank import get_label_quality_scores  # pyright: ignore[reportMissingImports]
 
     flagged = find_label_issues(given, chances, n_jobs=1)
     return {
@@ -134,7 +134,8 @@ def measure(config: Config, runs: pathlib.Path, cross_validate: tuple[str, ...])
         file = directory / "cross_validated.npz"
         if not file.exists():
             chances = cross_validated(arm, problem)
-            np.savez_compressed(file, **{str(epoch): p for epoch, p in chances.items()})
+            by_epoch: dict[str, Any] = {str(epoch): p for epoch, p in chances.items()}
+            np.savez_compressed(file, **by_epoch)
         with np.load(file) as chances:
             for epoch in chances:
                 results[f"cleanlab_{method}_{epoch}"] = cleanlab(

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -116,7 +117,7 @@ class Layout:
         shardings = shardings or jax.tree.map(lambda _: self.replicated, tree)
 
         def leaf(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
                 data = leaf(jax.random.key_data(x), sharding)
                 return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
             values = np.asarray(x)

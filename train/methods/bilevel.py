@@ -5,7 +5,7 @@ place of the validation mini-batches, so that all k train. Its state is (average
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def _make(config: Any, layout: Layout | None, solver: str, **past: Any) -> Metho
     return Method(_FORMS_ON_MESH[form](layout, options), how, **state)
 
 
-_ROWS = optax_bilevel.Past(P(mesh.ALL), P())
+_ROWS: Any = optax_bilevel.Past(P(mesh.ALL), cast(Any, P()))
 
 
 def _init(params: PyTree, num_devices: int | None = None) -> PyTree:
@@ -115,7 +115,7 @@ def _stacked(k: int, options: dict[str, Any]) -> GradientFn:
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
         losses, aux, stack = all_gradients(loss_fn, params, batches)
-        rule_state = _with_past(rule.init(params), state)
+        rule_state: Any = _with_past(rule.init(params), state)
         grads, rule_state = rule.update(stack, rule_state, params)
         weights = _per_mini_batch(rule_state.weights)
         return Gradient(losses, aux, grads, weights, _past_of(rule_state))
@@ -153,7 +153,7 @@ def _collective(layout: Layout, options: dict[str, Any]) -> GradientFn:
                 part = jax.lax.axis_index(mesh.EXAMPLE)
                 batch = batch._replace(key=jax.random.fold_in(batch.key, part))
             (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
-            grads, weights, *rows = optax_bilevel.bilevel_pmean(
+            grads, weights, *new_rows = optax_bilevel.bilevel_pmean(
                 grads,
                 mesh.BATCH,
                 **options,
@@ -164,10 +164,11 @@ def _collective(layout: Layout, options: dict[str, Any]) -> GradientFn:
             # Of the whole mini-batch already; this says so.
             loss, stats = jax.lax.pmean((loss, aux.batch_stats), mesh.EXAMPLE)
             loss, aux = jax.tree.map(lambda x: x[None], (loss, aux._replace(batch_stats=stats)))
-            return loss, aux, grads, weights, *rows
+            return loss, aux, grads, weights, *new_rows
 
         rows = (_ROWS,) * len(state)
-        examples, each = P(mesh.BATCH, mesh.EXAMPLE), P(mesh.BATCH)
+        examples: Any = P(mesh.BATCH, mesh.EXAMPLE)
+        each: Any = P(mesh.BATCH)
         mapped = jax.shard_map(
             on_device,
             mesh=layout.mesh,
