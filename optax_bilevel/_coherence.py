@@ -133,7 +133,7 @@ def coherent_steps(
         ...     stack = jax.random.normal(jax.random.key(step), (8, 3)) + 1.0  # k = 8 gradients
         ...     mean, s = optax_bilevel.mean_and_coherence(stack, state.direction)
         ...     updates, state = tx.update(mean, state, params, coherence=s)
-        >>> bool(0.9 < state.coherence < 1)
+        >>> bool(0.9 < state.coherence <= 1)
         True
     """
     rule = _rule.Rule(1.0, 1.0, validation="past", decay=decay)  # checks the decay
