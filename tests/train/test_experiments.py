@@ -404,12 +404,12 @@ class TestWithTensorFlow:
             tar(tmp_path / f"cifar-{name[5:]}-binary.tar.gz", members, "w:gz")
             publisher(name)
             data.prepare(name, tmp_path / "tfds", tmp_path)
-        small = {"k": 2, "b": 4, "train_size": 16}
+        small = {"k": 2, "b": 4, "train_size": 32}
         for name, only in (
             ("figure2", ("cifarnet-noise50-k4",)),
             ("table1", ("cifarnet-noise50-b", "inception-noise0-sgd")),
             ("table2", ("bilevel",)),
-            ("figure3", ("cifar100-noise90-bilevel",)),
+            ("figure3", ("cifar100-noise20-bilevel",)),
             ("figure4", ("cifar10-noise50-uniform",)),
             ("table3", ("cifar100-bilevel_mixup",)),
         ):

@@ -21,7 +21,7 @@ METHODS = ("uniform", "bilevel")
 
 
 def arms_of(scale):
-    base = tiny.config(epochs=2)
+    base = tiny.config(epochs=2, noise="none")
     along = Panel("digits by k", "k", log=True)
     return [
         *compare(
@@ -78,7 +78,7 @@ def test_the_page_has_the_command_of_every_arm(done):
             f"python -m train experiment table1 --scale laptop --only {label} --seeds 0 1" in page
         )
         assert f"--out {done / 'runs' / 'table1-laptop' / label}-s0" in page
-    assert f"--mu 0.5 --out {done / 'runs' / 'single'}" in page
+    assert re.search(rf"--mu 0\.5 .*--out {re.escape(str(done / 'runs' / 'single'))}", page)
     assert "About <it>." in page
 
 
@@ -158,7 +158,9 @@ def test_nothing_to_report_is_exit_code_2(tmp_path, capsys, make, message):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", list(others()))
+@pytest.mark.parametrize(
+    "name", ["hidden", "normalize", "train_size", "clean_validation", "validation_ratio", "dtype"]
+)
 def test_the_flags_of_a_config_make_it_again(name, monkeypatch):
     config = others()[name]
     asked = []
