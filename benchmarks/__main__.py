@@ -179,7 +179,7 @@ def main(options: Benchmarks, console: Console) -> None:
         started = time.monotonic()
         console.print(f"[bold]{part}[/bold]")
         for name, figures in _PARTS[part](options, console).items():
-            known = summary.get(name)
+            known: Any = summary.get(name)
             both = isinstance(known, dict) and isinstance(figures, dict)
             summary[name] = known | figures if both else figures
         write_json(file, summary)

@@ -153,7 +153,7 @@ def choose(k: int, b: int, num_devices: int | None = None, *, sharded: bool = Fa
     return Layout(mesh, per_device=max(k // count, 1), sharded=sharded)
 
 
-def _devices(count: int | None) -> list[jax.Device]:
+def _devices(count: int | None) -> list[Any]:
     devices = jax.devices()
     if count is None or count == len(devices):
         return devices
