@@ -72,12 +72,13 @@ def alone(tmp_path_factory):
     ],
 )
 def test_trains_to_the_parameters_of_one_device(tmp_path, alone, k, count, devices, more):
-    config = dataclasses.replace(CONFIG, k=k, b=64 // k)
+    epochs = 7 if k == 16 else 5  # of 3 steps, or 4
+    config = dataclasses.replace(CONFIG, k=k, b=64 // k, epochs=epochs)
     processes.run(tmp_path / "run", flags(config, *more), count, devices)
     actual = parameters(tmp_path / "run", config)
-    assert actual[0] == STEPS
+    assert actual[0] >= STEPS
     assert_same(actual, alone(config))
-    assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == [*range(1, epochs + 1)]
 
 
 def test_goes_on_with_another_number_of_processes(tmp_path, alone):
