@@ -60,7 +60,11 @@ def measure(rounds: int = 9) -> dict[str, dict[str, float]]:
 
 def _rule(solver: str) -> Callable[[jax.Array], Any]:
     rule = optax_bilevel.bilevel_reweight(LAM, MU, solver=solver)
-    return lambda stack: rule.update(stack, rule.init(jnp.zeros(stack.shape[1:])))[0]
+
+    def update(stack: jax.Array) -> Any:
+        return rule.update(stack, rule.init(jnp.zeros(stack.shape[1:])))[0]
+
+    return update
 
 
 def _time(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -13,7 +13,10 @@ Summary = dict[str, Any]
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(columns)
+    """A table; nothing where there are no rows."""
+    columns, rows = list(columns), list(rows)
+    if not rows:
+        return ""
     rule = ["---", *["---:"] * (len(columns) - 1)]
     lines = ["| " + " | ".join(row) + " |" for row in (columns, rule, *rows)]
     return "\n".join(lines) + "\n"
@@ -198,7 +201,8 @@ def machine(summary: Summary) -> str:
 
 def page(summary: Summary) -> str:
     """All tables, one after the other."""
-    return "\n".join([machine(summary), *(part(summary) for part in PARTS.values())])
+    parts = (part(summary) for part in PARTS.values())
+    return "\n".join([machine(summary), *filter(None, parts)])
 
 
 if __name__ == "__main__":
