@@ -182,9 +182,7 @@ def arms() -> Iterator[Arm]:
     for lr, rate in ((0.1, 0.5), (0.01, 0.5), (0.1, 0.0), (0.01, 0.0)):
         for rule, name in itertools.product(("uniform", "coherent", "past"), both):
             yield Arm("learning rate", rule, name, noise_rate=rate, learning_rate=lr)
-    for rate, gain, cap, name in itertools.product(
-        (0.5, 0.0), (1.0, 2.0, 4.0), (1.0, 100.0), both
-    ):
+    for rate, gain, cap, name in itertools.product((0.5, 0.0), (1.0, 2.0, 4.0), (1.0, 100.0), both):
         yield Arm("gain", "coherent", name, noise_rate=rate, gain=gain, cap=cap)
     for name in both:
         yield Arm("controls", "uniform", name, learning_rate=0.003)

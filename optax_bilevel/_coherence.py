@@ -96,7 +96,7 @@ def mean_and_coherence(
 
 
 def coherent_steps(
-    opt: optax.GradientTransformation, *, decay: Any = 0.9, gain: Any = 2.0
+    opt: optax.GradientTransformation, *, decay: Any = 0.9, gain: Any = 3.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales an optimizer's steps by how far fresh mini-batches agree with the steps before.
 
@@ -113,7 +113,8 @@ def coherent_steps(
         opt: the optimizer, with its learning rate, such as ``optax.sgd(0.03, momentum=0.9)``. It
             gets the plain mean gradient.
         decay: d in [0, 1), of both averages. May be traced.
-        gain: γ > 0. May be traced.
+        gain: γ > 0; a smaller one refuses more and learns more slowly, 2 where half of the labels
+            are surely wrong. May be traced.
 
     Returns:
         A transformation whose `update` takes the mean gradient, and s as the extra argument

@@ -61,7 +61,7 @@ class Config:
         float, Help(help="decay per step of the averages of the methods `past` and `coherent`")
     ] = 0.9
     coherence_gain: Annotated[float, Help(help="factor of the average coherence in `coherent`")] = (
-        2.0
+        3.0
     )
     groups: Annotated[
         Literal["all", "layer", "leaf"],

@@ -129,7 +129,7 @@ def test_values_at_the_ends_of_their_ranges_are_taken():
 OTHER = {
     "dataset": "mnist", "data_dir": "somewhere", "image_size": 9, "train_size": 7, "test_size": 8,
     "network": "cifarnet", "hidden": (3, 4), "augmentation": "inception", "method": "uniform",
-    "k": 9, "b": 9, "past_decay": 0.5, "coherence_gain": 3.0,
+    "k": 9, "b": 9, "past_decay": 0.5, "coherence_gain": 2.0,
     "lam": 2.0, "mu": 0.02, "num_validation": 2, "normalize": False, "nonnegative": True,
     "smoothing": 0.2, "mixup_alpha": 0.4, "bootstrap": "soft", "bootstrap_beta": 0.9,
     "channel_noise": 0.1, "loss_percentile": 50.0, "group_norm": 1.0,
