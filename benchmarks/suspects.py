@@ -2,8 +2,8 @@
 
     python -m benchmarks.suspects --data-dir TFDS_FOLDER
 
-Writes ``docs/results/suspects.json``. Takes half an hour on two cores; finished runs are kept in
-``runs/suspects`` and not trained again. Needs the extra ``peers`` (cleanlab).
+Writes ``docs/results/suspects.json``. Takes about half an hour on two cores; finished runs are
+kept in ``runs/suspects`` and not trained again. Needs the extra ``peers`` (cleanlab).
 
 Everything has the same network, learning rate and epochs. The rankings compared, by the area under
 the ROC curve and the precision at the true number of flips:
@@ -134,13 +134,10 @@ def measure(config: Config, runs: pathlib.Path, cross_validate: tuple[str, ...])
         file = directory / "cross_validated.npz"
         if not file.exists():
             chances = cross_validated(arm, problem)
-            by_epoch: dict[str, Any] = {str(epoch): p for epoch, p in chances.items()}
-            np.savez_compressed(file, **by_epoch)
-        with np.load(file) as chances:
-            for epoch in chances:
-                results[f"cleanlab_{method}_{epoch}"] = cleanlab(
-                    train.labels, chances[epoch], wrong
-                )
+            np.savez_compressed(file, epochs=list(chances), chances=list(chances.values()))
+        with np.load(file) as saved:
+            for epoch, chances in zip(saved["epochs"], saved["chances"], strict=True):
+                results[f"cleanlab_{method}_{epoch}"] = cleanlab(train.labels, chances, wrong)
     return results
 
 
