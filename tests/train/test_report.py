@@ -60,6 +60,7 @@ def done(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(done):
     page = (done / "out" / "index.html").read_text()
     without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
@@ -74,6 +75,7 @@ def test_the_page_needs_nothing_else(done):
     assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_command_of_every_arm(done):
     page = html.unescape((done / "out" / "index.html").read_text())
     for label in ("noisy-uniform", "noisy-bilevel", "k2", "k4"):
@@ -85,6 +87,7 @@ def test_the_page_has_the_command_of_every_arm(done):
     assert "About <it>." in page
 
 
+@pytest.mark.slow
 def test_the_figures_are_drawn(done):
     names = [f"{name}-{i}" for name, count in (("table1-laptop", 2), ("runs", 1)) for i in
              range(1, count + 1)]  # fmt: skip
@@ -111,6 +114,7 @@ def rows(markdown):
     return table
 
 
+@pytest.mark.slow
 def test_the_table_has_the_figures_of_the_runs(done):
     markdown = (done / "out" / "report.md").read_text()
     table = rows(markdown)
@@ -132,6 +136,7 @@ def test_the_table_has_the_figures_of_the_runs(done):
     assert "| arm | test, last | test, best |" in markdown  # without the paper's empty columns
 
 
+@pytest.mark.slow
 def test_what_goes_into_the_documentation(done):
     summary = json.loads((done / "docs" / "summary.json").read_text())
     assert list(summary) == [
@@ -173,6 +178,7 @@ def test_the_flags_of_a_config_make_it_again(name, monkeypatch):
     assert asked == [config]
 
 
+@pytest.mark.slow
 def test_a_command_can_be_pasted_into_a_shell(tmp_path):
     run = tmp_path / "with a blank"
     config = tiny.config(epochs=1, hidden=(8, 8))
