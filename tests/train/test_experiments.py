@@ -167,6 +167,7 @@ def choice(tmp_path):
     return runner.Choice(experiment, "laptop", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_whole_experiment(choice, tmp_path, monkeypatch):
     out = console()
     summary = runner.run(choice, out)
@@ -196,6 +197,7 @@ def test_a_whole_experiment(choice, tmp_path, monkeypatch):
     assert "finished before" in shown(out)
 
 
+@pytest.mark.slow
 def test_what_another_process_trains_is_left_to_it(choice, tmp_path):
     config = dataclasses.replace(arms_of("laptop")[1].config, seed=0)
     chosen = dataclasses.replace(choice, seeds=(0,))
