@@ -52,7 +52,7 @@ def raw(k, seed):
 
 def train(of, layout):
     """The state after some steps, and the scores of 16 images."""
-    program = program_module._build.__wrapped__(of, SHAPE, 16, CLASSES, False, 4, layout)
+    program = program_module._build.__wrapped__(of, SHAPE, 16, CLASSES, False, 4, layout, 0)
     key = jax.random.key(3)
     state = program.init(jax.random.key(0))
     place = jax.device_put if layout is None else functools.partial(layout.place, shape=(of.k, B))

@@ -205,7 +205,7 @@ def test_bfloat16_computes_in_half_and_keeps_parameters_in_float32():
 
 def same_mini_batches(k=4, b=8):
     one = raw(1, b)
-    return RawBatch(*(np.repeat(x, k, axis=0) for x in one))
+    return jax.tree.map(lambda x: np.repeat(x, k, axis=0), one)
 
 
 def omega_columns(**changes):
@@ -235,7 +235,7 @@ def test_augmentation_differs_between_steps_and_between_examples():
     of = config(augmentation="preactresnet")
     program = build(of)
     one = raw(1, 1)
-    batch = jax.device_put(RawBatch(*(np.tile(x, (4, 8) + (1,) * (x.ndim - 2)) for x in one)))
+    batch = jax.device_put(jax.tree.map(lambda x: np.tile(x, (4, 8) + (1,) * (x.ndim - 2)), one))
     states = [program.step(start(of)._replace(step=jnp.int32(step)), batch, KEY) for step in (0, 1)]
     losses = [float(state.sums.loss) for state in states]
     assert losses[0] != losses[1]

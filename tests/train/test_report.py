@@ -127,7 +127,7 @@ def test_the_table_has_the_figures_of_the_runs(done):
     assert row["test, best"] == f"{np.mean(best):.1f} ± {np.std(best, ddof=1):.1f}"
     assert (row["paper: test"], row["paper: train"]) == ("47.6", "89.3")
     assert (row["steps"], row["visits"], row["seeds"]) == ("8", "256", "2")
-    assert int(row["MB"]) > 100
+    assert int(row["MB"].replace(",", "")) > 100
     gap = float(row["train, true"].split()[0]) - float(row["test, last"].split()[0])
     assert float(row["gap"]) == pytest.approx(gap, abs=0.11)
     assert "±" not in table["single"]["test, last"]
