@@ -134,6 +134,7 @@ def _experiment(args: list[str], console: Console) -> None:
         data_dir: Annotated[
             str | None, Help(help="where the data are, if not in the default place")
         ] = None
+        devices: Annotated[int | None, Help(help="how many to train on; none: all")] = 1
         out: Annotated[pathlib.Path, Help(help="the folder of all experiments' runs")] = runner.ROOT
 
     chosen = tyro.cli(Experiment, args=args, prog="python -m train experiment")
@@ -144,6 +145,7 @@ def _experiment(args: list[str], console: Console) -> None:
         chosen.only,
         chosen.seeds,
         chosen.data_dir,
+        devices=chosen.devices,
     )
     if chosen.dry_run:
         runner.plan(choice, console)

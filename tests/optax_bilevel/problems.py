@@ -55,12 +55,12 @@ def stacked_gradients(params, batches, loss_fn=loss):
 
 
 def distance(a, b):
-    """|a - b| / |b| over all leaves, in float64 (complex128)."""
+    """|a - b| / |b| over all leaves, in float64 (complex128); |a| where b is zero."""
     flat_a, flat_b = (
         np.concatenate([np.asarray(x, np.complex128).ravel() for x in jax.tree.leaves(tree)])
         for tree in (a, b)
     )
-    return np.linalg.norm(flat_a - flat_b) / np.linalg.norm(flat_b)
+    return np.linalg.norm(flat_a - flat_b) / (np.linalg.norm(flat_b) or 1.0)
 
 
 def assert_close(a, b, tolerance=1e-6):

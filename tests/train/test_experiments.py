@@ -310,6 +310,7 @@ def test_the_convolutional_laptop_arms_end_to_end(fashion, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:never drawn")  # so small a teacher knows few classes
 def test_table_4_trains_on_the_labels_of_its_teacher(fashion, tmp_path):
     chosen = run("table4", "laptop", tmp_path, fashion, ("noisy-sgd", "noisy-bilevel"), **SMALL)
     folder = chosen.folder()

@@ -51,6 +51,7 @@ class Choice:
         seeds: of every arm; none: the experiment's own.
         data_dir: where the data are, if not in the default place.
         changes: further fields of every arm's config.
+        devices: as in `trainer.Options`.
     """
 
     experiment: Experiment
@@ -60,6 +61,7 @@ class Choice:
     seeds: Sequence[int] = ()
     data_dir: str | None = None
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    devices: int | None = 1
 
     def arms(self) -> list[Arm]:
         """The chosen arms, and before them those whose runs they start from.
@@ -139,8 +141,7 @@ def run(choice: Choice, console: Console) -> dict[str, Any]:
         write_summary(choice)
 
     try:
-        devices = None if choice.scale == "paper" else 1
-        arm_loop.train_all(runs(), console, on_finished=sum_up, devices=devices)
+        arm_loop.train_all(runs(), console, on_finished=sum_up, devices=choice.devices)
     finally:
         summary = write_summary(choice)
     console.print(table(title, summary))
