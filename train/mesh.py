@@ -1,13 +1,12 @@
 """Where the k mini-batches of a step lie: a mesh of all devices, in one of three layouts.
 
 With D devices in all, of all processes, the mesh has two axes, `BATCH` for the mini-batches and
-`EXAMPLE` for the examples of one:
+`EXAMPLE` for the examples of one::
 
-| k | mesh | every device has |
-|---|---|---|
-| D | D × 1 | one mini-batch |
-| m·D | D × 1 | m mini-batches |
-| D/e | k × e | 1/e of the examples of one mini-batch |
+    k     mesh    every device has
+    D     D × 1   one mini-batch
+    m·D   D × 1   m mini-batches
+    D/e   k × e   1/e of the examples of one mini-batch
 """
 
 import dataclasses
