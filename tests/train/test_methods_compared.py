@@ -451,5 +451,6 @@ def test_it_costs_what_sgd_costs(method):
         lowered = program.step.lower(state, raw(), jax.random.key(0))
         return lowered.compile().cost_analysis()["flops"]
 
-    assert flops(method) < 1.1 * flops("sgd")
+    # azadi: once more through the last layer, a seventh of this small network
+    assert flops(method) < (1.3 if method == "azadi" else 1.1) * flops("sgd")
     assert flops("uniform") > 0.9 * flops("sgd")  # the figure tells something
