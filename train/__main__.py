@@ -104,7 +104,7 @@ def _run(args: list[str], console: Console) -> None:
         options.checkpoint_seconds = chosen.checkpoint_seconds
         options.keep = chosen.keep
         options.tensorboard = chosen.tensorboard
-        result = trainer.train(config, chosen.out, options)
+        result = trainer.train(config, chosen.out, options, problem)
     _print_figures(result, console)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,16 @@ from train.run_directory import InUseError, read_metrics
 
 Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 """The result of a finished run, and its lines of metrics."""
+
+
+COLUMNS = {
+    "train_noisy": "train,\ngiven",
+    "train_clean": "train,\ntrue",
+    "test_last": "test,\nlast",
+    "test_best": "test,\nbest",
+    "seconds": "seconds",
+}
+"""The figures of a run that tables show, and their headings."""
 
 
 class Run(NamedTuple):
@@ -49,18 +60,18 @@ def train_all(
     with Display(console) as display:
         for run in runs:
             finished = (run.directory / "result.json").exists()
-            epochs = run.config.epochs
+            problem = None if finished else trainer.load_problem(run.config)
             # Noise, and with it the number of k-tuples of a class, differs between seeds.
             steps = (
                 read_metrics(run.directory)[-1]["step"]
-                if finished
-                else epochs * trainer.load_problem(run.config).order.steps_per_epoch
+                if problem is None
+                else run.config.epochs * problem.order.steps_per_epoch
             )
             options = display.follow(run.title, steps, run.config)
             options.tensorboard = False
             options.devices = devices
             try:
-                result = trainer.train(run.config, run.directory, options)
+                result = trainer.train(run.config, run.directory, options, problem)
             except InUseError:
                 display.say(f"{run.title}: in use by another process, which is left to it")
             except trainer.NotFiniteError as error:
@@ -78,6 +89,22 @@ def train_all(
     if failed:
         raise trainer.NotFiniteError("; ".join(failed))
     return outcomes
+
+
+def over_seeds(results: list[dict[str, Any]], names: Iterable[str]) -> dict[str, float]:
+    """Means and sample standard deviations of the named figures, where the results have them."""
+    row: dict[str, float] = {}
+    for name in names:
+        values = [result[name] for result in results if name in result]
+        if values:
+            row[f"{name}_mean"] = statistics.fmean(values)
+            row[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    return row
+
+
+def cells(row: dict[str, float]) -> list[str]:
+    """What a table shows of `over_seeds`, in the order of `COLUMNS`."""
+    return [f"{row[f'{name}_mean']:.1f} ± {row[f'{name}_std']:.1f}" for name in COLUMNS]
 
 
 def outcome(directory: pathlib.Path) -> Outcome | None:

@@ -7,7 +7,6 @@ of sample visits; draws what happened and writes the figures down.
 
 import dataclasses
 import pathlib
-import statistics
 import time
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from train import methods as method_files
 from train import trainer
-from train.arms import Outcome, Run, train_all
+from train.arms import COLUMNS, Outcome, Run, cells, over_seeds, train_all
 from train.config import Config, ConfigError
 from train.run_directory import InUseError, environment, write_json
 
@@ -128,12 +127,8 @@ def summarize(demo: Demo, results: dict[str, list[tuple[dict[str, Any], Any]]]) 
     """Means and sample standard deviations over seeds."""
     summary: dict[str, Any] = {"methods": {}}
     for method, runs in results.items():
-        row: dict[str, float] = {}
-        for name in ("test_last", "test_best", "train_noisy", "train_clean", "seconds"):
-            values = [result[name] for result, _ in runs]
-            row[f"{name}_mean"] = statistics.fmean(values)
-            row[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        summary["methods"][method] = row
+        names = ("test_last", "test_best", "train_noisy", "train_clean", "seconds")
+        summary["methods"][method] = over_seeds([result for result, _ in runs], names)
     settings = demo.config.to_json()
     del settings["method"], settings["seed"]
     summary["settings"] = {**settings, "seeds": list(demo.seeds)}
@@ -143,22 +138,14 @@ def summarize(demo: Demo, results: dict[str, list[tuple[dict[str, Any], Any]]]) 
 
 def table(summary: dict[str, Any]) -> Table:
     """The summary for a terminal."""
-    columns = {
-        "train_noisy": "train,\ngiven",
-        "train_clean": "train,\ntrue",
-        "test_last": "test,\nlast",
-        "test_best": "test,\nbest",
-        "seconds": "seconds",
-    }
     seeds = len(summary["settings"]["seeds"])
     result = Table(
         title=f"Accuracy in %, mean ± standard deviation over {seeds} seeds",
         caption="train: on given (noisy) and on true labels; test: last and best epoch",
     )
     result.add_column("method")
-    for title in columns.values():
+    for title in COLUMNS.values():
         result.add_column(title, justify="right")
     for method, row in summary["methods"].items():
-        cells = [f"{row[f'{name}_mean']:.1f} ± {row[f'{name}_std']:.1f}" for name in columns]
-        result.add_row(LABELS.get(method, method), *cells)
+        result.add_row(LABELS.get(method, method), *cells(row))
     return result

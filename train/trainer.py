@@ -199,13 +199,17 @@ def build_program(config: Config, problem: Problem, layout: Layout | None = None
 
 
 def train(
-    config: Config, directory: pathlib.Path, options: Options | None = None
+    config: Config,
+    directory: pathlib.Path,
+    options: Options | None = None,
+    problem: Problem | None = None,
 ) -> dict[str, Any]:
     """Trains, or goes on training, the run in `directory`; returns its result.
 
     A finished run is not trained again. The run ends in the same bits however often it was
     interrupted, if it goes on on as many devices and processes; on others, to rounding. Where
-    there are several processes all of them call this, with a directory that they share.
+    there are several processes all of them call this, with a directory that they share. `problem`
+    is what `load_problem` gives for the config, where that is loaded already.
 
     Raises:
         RunDirectoryError: if another process holds the folder, or it holds another run.
@@ -223,7 +227,7 @@ def train(
             options.on_step(last["step"])
             options.on_finished(last)
             return json.loads(result_file.read_text())
-        problem = load_problem(config)
+        problem = problem or load_problem(config)
         program = build_program(config, problem, layout_of(config, options))
         if not problem.dataset.multi_label and run.writes:
             noise.save(directory / "noise.npz", problem.dataset.train.labels, problem.true)
@@ -261,10 +265,11 @@ def _loop(
         part = program.layout.part((config.k, config.b))
 
     state = program.init(init_key)
-    if config.pretrained is not None and not config.pretrained.endswith(".safetensors"):
-        state = _network_of(pathlib.Path(config.pretrained), state)
     restored = checkpoints.restore(state)
-    state = state if restored is None else restored
+    if restored is not None:
+        state = restored
+    elif config.pretrained is not None and not config.pretrained.endswith(".safetensors"):
+        state = _network_of(pathlib.Path(config.pretrained), state)
     step = int(state.step)
     history = run.keep_metrics(step)
     last_save = started = time.monotonic()

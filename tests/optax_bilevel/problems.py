@@ -3,6 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+
+def slow(*values):
+    """Parameters of a case that is left out of the default run."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def stack_of(seed, shapes, k, dtype=jnp.float32, scale=1.0):

@@ -20,14 +20,11 @@ from tests.optax_bilevel.problems import (
     loss,
     outputs,
     params_of,
+    slow,
     stacked_gradients,
 )
 
 K = 8  # one mini-batch per fake device
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def mesh_of(shape, names):

@@ -20,15 +20,12 @@ from tests.optax_bilevel.problems import (
     batches_of,
     loss,
     params_of,
+    slow,
     stack_of,
 )
 
 K = 8  # one mini-batch per fake device
 STEPS = 4
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def reweight(**options):

@@ -18,15 +18,12 @@ from tests.optax_bilevel.problems import (
     distance,
     loss,
     params_of,
+    slow,
     stack_of,
     stacked_gradients,
 )
 
 DEVICES = 8
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def with_aux(params, batch):

@@ -6,7 +6,6 @@ it is not installed. The builder for Clothing1M, and reading, need none.
 
 import gzip
 import io
-import pathlib
 import pickle
 import struct
 import subprocess
@@ -202,22 +201,6 @@ def test_image_size_is_for_images_of_different_sizes(name, tmp_path):
 
 
 # From here on with TensorFlow.
-
-
-@pytest.fixture
-def publisher(monkeypatch):
-    """Makes TFDS believe that our archives are those of the publisher of a data set."""
-    pytest.importorskip("tensorflow")
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download import checksums
-
-    def believe(name):
-        registered = {info.filename: info for info in tfds.builder_cls(name).url_infos.values()}
-        monkeypatch.setattr(
-            checksums, "compute_url_info", lambda path: registered[pathlib.Path(path).name]
-        )
-
-    return believe
 
 
 @pytest.mark.slow

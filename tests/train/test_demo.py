@@ -125,10 +125,10 @@ def test_another_setting_is_another_arm_and_finished_ones_stay(done, tmp_path):
     train = trainer.train
     with pytest.MonkeyPatch.context() as patch:
 
-        def spy(config, directory, options):
+        def spy(config, directory, *more):
             if not (directory / "result.json").exists():
                 trained.append((config.method, config.seed))
-            return train(config, directory, options)
+            return train(config, directory, *more)
 
         patch.setattr(trainer, "train", spy)
         more, _ = run(tiny_demo(out, methods=("sgd", "uniform"), seeds=(0, 1, 2)))

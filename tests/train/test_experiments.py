@@ -360,22 +360,6 @@ def test_clothing1m_at_scale_paper_end_to_end(clothing, tmp_path):
     run("clothing1m", "paper", tmp_path, clothing, ("clean-bilevel",), **small)
 
 
-@pytest.fixture
-def publisher(monkeypatch):
-    """Makes TFDS believe that our archives are those of the publisher of a data set."""
-    pytest.importorskip("tensorflow")
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download import checksums
-
-    def believe(name):
-        registered = {info.filename: info for info in tfds.builder_cls(name).url_infos.values()}
-        monkeypatch.setattr(
-            checksums, "compute_url_info", lambda path: registered[pathlib.Path(path).name]
-        )
-
-    return believe
-
-
 @pytest.mark.slow
 class TestWithTensorFlow:
     def test_cifar(self, tmp_path, publisher):

@@ -170,3 +170,22 @@ LAPTOP_INCEPTION = Config(
 def noisy(base: Config, rate: float) -> Config:
     """With that share of wrong labels in every class, uniformly of the other classes."""
     return dataclasses.replace(base, noise="symmetric", noise_rate=rate) if rate else base
+
+
+NOISE = "wrong training labels, %"
+
+
+def over_noise(base: Config, network: str) -> list[Arm]:
+    """Figures 3 and 4: `ABLATED` on CIFAR-10 and CIFAR-100 with 0 to 90% wrong labels."""
+    return [
+        arm
+        for dataset, title in (("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100"))
+        for percent in range(0, 100, 10)
+        for arm in compare(
+            noisy(dataclasses.replace(base, dataset=dataset), percent / 100),
+            ABLATED,
+            Panel(f"{title}, {network}", NOISE),
+            f"{dataset}-noise{percent}-",
+            percent,
+        )
+    ]

@@ -25,15 +25,16 @@ from train.experiments.common import (
     CIFARNET,
     LAPTOP,
     LAPTOP_CIFARNET,
+    NOISE,
     Arm,
     Experiment,
     Panel,
     Scale,
     compare,
     noisy,
+    over_noise,
 )
 
-NOISE = "wrong training labels, %"
 LAPTOP_METHODS = (
     "sgd", "uniform", "label_smoothing", "dropout", "mixup", "bootstrapping", "bilevel",
     "bilevel_exact", "bilevel_mixup",
@@ -51,19 +52,7 @@ def _arms(scale: Scale) -> list[Arm]:
                 noisy(LAPTOP, percent / 100), LAPTOP_METHODS, mlp, f"noise{percent}-", percent
             )
         ] + compare(noisy(LAPTOP_CIFARNET, 0.5), ABLATED, cifarnet, "cifarnet-noise50-", 50)
-    base = dataclasses.replace(CIFARNET, b=8, epochs=100)
-    return [
-        arm
-        for dataset, title in (("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100"))
-        for percent in range(0, 100, 10)
-        for arm in compare(
-            noisy(dataclasses.replace(base, dataset=dataset), percent / 100),
-            ABLATED,
-            Panel(f"{title}, CifarNet", NOISE),
-            f"{dataset}-noise{percent}-",
-            percent,
-        )
-    ]
+    return over_noise(dataclasses.replace(CIFARNET, b=8, epochs=100), "CifarNet")
 
 
 EXPERIMENT = Experiment("figure3", "Figure 3: label noise", __doc__, _arms)

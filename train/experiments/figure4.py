@@ -23,14 +23,15 @@ from train.experiments.common import (
     ABLATED,
     INCEPTION,
     LAPTOP_INCEPTION,
+    NOISE,
     Arm,
     Experiment,
     Panel,
     Scale,
     compare,
     noisy,
+    over_noise,
 )
-from train.experiments.figure3 import NOISE
 
 
 def _arms(scale: Scale) -> list[Arm]:
@@ -47,19 +48,7 @@ def _arms(scale: Scale) -> list[Arm]:
                 percent,
             )
         ]
-    base = dataclasses.replace(INCEPTION, b=8, epochs=100)
-    return [
-        arm
-        for dataset, title in (("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100"))
-        for percent in range(0, 100, 10)
-        for arm in compare(
-            noisy(dataclasses.replace(base, dataset=dataset), percent / 100),
-            ABLATED,
-            Panel(f"{title}, Inception", NOISE),
-            f"{dataset}-noise{percent}-",
-            percent,
-        )
-    ]
+    return over_noise(dataclasses.replace(INCEPTION, b=8, epochs=100), "Inception")
 
 
 EXPERIMENT = Experiment(

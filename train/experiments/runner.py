@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import pathlib
-import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -182,16 +181,10 @@ def outcomes(choice: Choice, arm: Arm) -> dict[int, Outcome]:
 
 def summarize(finished: dict[int, Outcome]) -> dict[str, Any]:
     """Means and sample standard deviations over seeds."""
-    row: dict[str, Any] = {}
     results = [result for result, _ in finished.values()]
-    for name in ("test_last", "test_best", "train_noisy", "train_clean", "seconds", "memory_mb"):
-        values = [result[name] for result in results if name in result]
-        if values:
-            row[f"{name}_mean"] = statistics.fmean(values)
-            row[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    row["steps"] = results[0]["steps"]
-    row["seeds"] = list(finished)
-    return row
+    names = ("test_last", "test_best", "train_noisy", "train_clean", "seconds", "memory_mb")
+    row = arm_loop.over_seeds(results, names)
+    return {**row, "steps": results[0]["steps"], "seeds": list(finished)}
 
 
 @contextlib.contextmanager
@@ -203,20 +196,12 @@ def _alone(file: pathlib.Path) -> Iterator[None]:
 
 def table(title: str, summary: dict[str, Any]) -> Table:
     """A summary for a terminal."""
-    columns = {
-        "train_noisy": "train,\ngiven",
-        "train_clean": "train,\ntrue",
-        "test_last": "test,\nlast",
-        "test_best": "test,\nbest",
-        "seconds": "seconds",
-    }
     result = Table(title=f"{title}: accuracy in %, mean ± standard deviation over seeds")
     result.add_column("arm", no_wrap=True)
-    for heading in (*columns.values(), "seeds"):
+    for heading in (*arm_loop.COLUMNS.values(), "seeds"):
         result.add_column(heading, justify="right")
     for label, row in summary.items():
-        cells = [f"{row[f'{name}_mean']:.1f} ± {row[f'{name}_std']:.1f}" for name in columns]
-        result.add_row(label, *cells, str(len(row["seeds"])))
+        result.add_row(label, *arm_loop.cells(row), str(len(row["seeds"])))
     return result
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from train.methods import sgd
-from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
+from train.methods.types import Method, Task
 
 _BETA = {"soft": 0.95, "hard": 0.8}
 
@@ -36,8 +36,5 @@ def make(config: Any, task: Task) -> Method:
             predicted = jax.nn.one_hot(jnp.argmax(logits, axis=-1), task.num_classes)
         return optax.losses.softmax_cross_entropy(logits, beta * given + (1 - beta) * predicted)
 
-    def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
-        bootstrapped = functools.partial(loss_fn, criterion=criterion)
-        return sgd.gradient(bootstrapped, params, batches, state)
-
+    gradient = functools.partial(sgd.gradient, criterion=criterion)
     return Method(gradient, f"{kind} bootstrapping with β = {beta:g}, {sgd.HOW}")

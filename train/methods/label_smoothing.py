@@ -12,7 +12,7 @@ import jax
 import optax
 
 from train.methods import sgd
-from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
+from train.methods.types import Method, Task
 
 
 def make(config: Any, task: Task) -> Method:
@@ -24,8 +24,5 @@ def make(config: Any, task: Task) -> Method:
             logits, optax.losses.smooth_labels(one_hot, config.smoothing)
         )
 
-    def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
-        smoothed = functools.partial(loss_fn, criterion=criterion)
-        return sgd.gradient(smoothed, params, batches, state)
-
+    gradient = functools.partial(sgd.gradient, criterion=criterion)
     return Method(gradient, f"labels smoothed by {config.smoothing:g}, {sgd.HOW}")

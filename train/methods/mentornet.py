@@ -17,7 +17,6 @@ p is `loss_percentile`. Not here: MentorNet DD, which learns from clean labels, 
 dropping of examples on top.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -67,7 +66,7 @@ def make(config: Any, task: Task) -> Method:
             losses = cross_entropy(logits, labels)
             return weights(state, jax.lax.stop_gradient(losses)) * losses
 
-        done = sgd.gradient(functools.partial(loss_fn, criterion=criterion), params, batches)
+        done = sgd.gradient(loss_fn, params, batches, criterion=criterion)
         losses = cross_entropy(done.aux.logits[0], batches.labels.reshape(-1))
         return done._replace(state=advance(state, losses))
 

@@ -4,6 +4,8 @@ Batch norm normalises over all k·b examples here and over b in the methods that
 apart; `uniform` is the control for that.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +21,19 @@ def make(config: Any, task: Task) -> Method:
     return Method(gradient, HOW)
 
 
-def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree = ()) -> Gradient:
-    """One gradient of the loss of all examples of the step; `state` stays as it is."""
+def gradient(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Batch,
+    state: PyTree = (),
+    criterion: Callable[[jax.Array, Any], jax.Array] | None = None,
+) -> Gradient:
+    """One gradient of the loss of all examples of the step; `state` stays as it is.
+
+    With a `criterion` the loss of each example is that; see `LossFn`.
+    """
+    if criterion is not None:
+        loss_fn = functools.partial(loss_fn, criterion=criterion)
     images, labels = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]), (batches.images, batches.labels)
     )
