@@ -440,48 +440,55 @@ def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
     return squared_norms(jax.tree.map(lambda x: x[None], tree), grouping)[:, 0]
 
 
-def _gram(grads: PyTree, grouping: Grouping) -> jax.Array:
-    """All inner products of a stack with itself: [groups, k, k]."""
-    grams = [_contract(g, g, tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]
-    return _sum_by_group(grams, grouping)
+# Entries of a stack that are taken at a time on CPU: 4 MiB in float32, which caches hold.
+_CHUNK = 1 << 20
 
 
-# Entries of a stack that are taken at a time on CPU: 2 MiB in float32, which caches hold.
-_CHUNK = 1 << 19
+def _columns(g: jax.Array, start: Any, width: int) -> jax.Array:
+    """`width` columns of g [rows, n], sliced as bits where XLA would slice another dtype.
+
+    XLA's CPU backend slices no bfloat16: in a loop it first writes all of `g` out in float32.
+    """
+    if g.dtype != jnp.bfloat16:
+        return jax.lax.dynamic_slice_in_dim(g, start, width, axis=1)
+    # Without the barrier the bits, which do not change in the loop, are written out before it.
+    g, start = jax.lax.optimization_barrier((g, start))
+    bits = jax.lax.bitcast_convert_type(g, jnp.uint16)
+    columns = jax.lax.dynamic_slice_in_dim(bits, start, width, axis=1)
+    return jax.lax.bitcast_convert_type(columns, g.dtype)
 
 
-def _leaf_products(g: jax.Array, num_validation: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """⟨v, g_i⟩ [k], |g_i|² [k] and |v|² [1] of a stacked leaf [k, *shape]."""
+def _by_chunks(products: Callable[..., PyTree], *leaves: jax.Array) -> PyTree:
+    """`products(*leaves)` of leaves [rows, *shape], a sum over all entries of `shape`.
 
-    def products(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        v = validation_gradient(g, num_validation)
-        return _contract(g, v, tuple(range(v.ndim))), _square_sums(g), _square_sums(v[None])
+    On CPU every product would be a pass over memory of its own, with what they share written out
+    beforehand: there it is the sum of the products of chunks [rows, width].
+    """
+    rows = max(x.shape[0] for x in leaves)
+    width = max(_CHUNK // rows, 1)
 
-    k = g.shape[0]
-    width = max(_CHUNK // k, 1)
+    def in_chunks(*leaves: jax.Array) -> PyTree:
+        flat = [x.reshape(x.shape[0], -1) for x in leaves]
+        n = flat[0].shape[1]
 
-    def in_chunks(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        g = g.reshape(k, -1)
-        whole = g.shape[1] // width
-
-        def chunk(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def chunk(start: Any, width: int) -> PyTree:
+            parts = [_columns(x, start, width) for x in flat]
             # Converted once for all readers, or each would convert anew.
-            return products(jax.lax.optimization_barrier(x.astype(accumulation_dtype(x.dtype))))
+            wide = [x.astype(accumulation_dtype(x.dtype)) for x in parts]
+            return products(*jax.lax.optimization_barrier(wide))
 
-        def add(i: Any, total: Any) -> Any:
-            part = chunk(jax.lax.dynamic_slice_in_dim(g, i * width, width, axis=1))
-            return jax.tree.map(jnp.add, total, part)
+        def add(i: Any, total: PyTree) -> PyTree:
+            return jax.tree.map(jnp.add, total, chunk(i * width, width))
 
-        total = jax.lax.fori_loop(1, whole, add, chunk(g[:, :width]))
-        if g.shape[1] % width:
-            total = jax.tree.map(jnp.add, total, chunk(g[:, whole * width :]))
+        total = jax.lax.fori_loop(1, n // width, add, chunk(0, width))
+        if n % width:
+            total = jax.tree.map(jnp.add, total, chunk(n - n % width, n % width))
         return total
 
     # Slices across shards would be gathered: with several devices XLA divides the work itself.
-    if g.size < 2 * k * width or jax.device_count() > 1:
-        return products(g)
-    # On CPU every product would be a pass over memory of its own, with v written out beforehand.
-    return jax.lax.platform_dependent(g, cpu=in_chunks, default=products)
+    if max(x.size for x in leaves) < 2 * rows * width or jax.device_count() > 1:
+        return products(*leaves)
+    return jax.lax.platform_dependent(*leaves, cpu=in_chunks, default=products)
 
 
 def stack_products(
@@ -501,20 +508,23 @@ def stack_products(
         with_gram: compute the whole Gram matrix (eq. 8) and read the others off it.
         past: the validation gradient, leaves [*shape], where no slots form it.
     """
-    if past is not None:
-        return _rule.Products(
-            dots_with(grads, past, grouping),
-            squared_norms(grads, grouping),
-            squared_norm(past, grouping),
-            _gram(grads, grouping) if with_gram else None,
-        )
-    if not with_gram:
-        parts = [_leaf_products(g, num_validation) for g in jax.tree.leaves(grads)]
-        dots, sq_norms, validation_sq_norm = (
-            _sum_by_group(list(part), grouping) for part in zip(*parts, strict=True)
-        )
-        return _rule.Products(dots, sq_norms, validation_sq_norm[:, 0])
-    gram = _gram(grads, grouping)
+
+    def products(g: jax.Array, p: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        gram = (_contract(g, g, tuple(range(1, g.ndim))),) if with_gram else ()
+        if with_gram and p is None:
+            return gram
+        v = validation_gradient(g, num_validation) if p is None else p[0]
+        dots = _contract(g, v, tuple(range(v.ndim)))
+        return dots, _square_sums(g), _square_sums(v[None]), *gram
+
+    stacks = jax.tree.leaves(grads)
+    pasts = [(p[None],) for p in jax.tree.leaves(past)] if past is not None else [()] * len(stacks)
+    parts = [_by_chunks(products, g, *p) for g, p in zip(stacks, pasts, strict=True)]
+    sums = [_sum_by_group(list(part), grouping) for part in zip(*parts, strict=True)]
+    if not with_gram or past is not None:
+        dots, sq_norms, validation_sq_norm, *gram = sums
+        return _rule.Products(dots, sq_norms, validation_sq_norm[:, 0], *gram)
+    (gram,) = sums
     k = gram.shape[-1]
     is_validation = jnp.arange(k)[None] < num_validation
     # `where`, not products: a NaN of one mini-batch stays in its own row and column.

@@ -17,31 +17,58 @@ def chunks_of_16(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
-def products(leaves, num_validation=1):
+def products(leaves, num_validation=1, with_gram=False, past=None):
     grouping = _inner_products.resolve_groups(leaves, None)
 
     @jax.jit
-    def compute(leaves):
-        return _inner_products.stack_products(leaves, grouping, num_validation, with_gram=False)
+    def compute(leaves, past):
+        return _inner_products.stack_products(
+            leaves, grouping, num_validation, with_gram=with_gram, past=past
+        )
 
-    text = compute.lower(leaves).as_text()
-    return compute(leaves), "stablehlo.while" in text
+    text = compute.lower(leaves, past).as_text()
+    return compute(leaves, past), "stablehlo.while" in text
 
 
 @pytest.mark.usefixtures("chunks_of_16")
-@pytest.mark.parametrize("num_validation", [1, 2])
+@pytest.mark.parametrize("validation", [1, 2, "past"])
+@pytest.mark.parametrize("with_gram", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
 @pytest.mark.parametrize("shape", [(32,), (3, 4, 9)])
-def test_same_products_as_in_float64(shape, dtype, num_validation):
+def test_same_products_as_in_float64(shape, dtype, with_gram, validation):
     leaves = stack_of(0, [shape], 4, dtype)
-    result, chunked = products([jnp.asarray(x) for x in leaves], num_validation)
-    assert chunked
     g = oracle.widen(leaves[0]).reshape(4, -1)
-    v = g[:num_validation].sum(0)
-    reach = np.linalg.norm(v) * np.linalg.norm(g, axis=1)
+    if validation == "past":
+        wide = _inner_products.accumulation_dtype(leaves[0].dtype)
+        past = [oracle.widen(stack_of(1, [shape], 1, dtype)[0])[0].astype(wide)]
+        v, slots = past[0].reshape(-1), 0
+    else:
+        past, v, slots = None, g[:validation].sum(0), validation
+    result, chunked = products([jnp.asarray(x) for x in leaves], slots, with_gram, past)
+    assert chunked
+    norms = np.linalg.norm(g, axis=1)
+    reach = np.linalg.norm(v) * norms
     np.testing.assert_array_less(np.abs(result.dots[0] - np.real(g.conj() @ v)), 1e-6 * reach)
-    np.testing.assert_allclose(result.sq_norms[0], np.linalg.norm(g, axis=1) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(result.sq_norms[0], norms**2, rtol=1e-6)
     np.testing.assert_allclose(result.validation_sq_norm[0], np.linalg.norm(v) ** 2, rtol=1e-6)
+    if with_gram:
+        error = np.abs(result.gram[0] - np.real(g.conj() @ g.T))
+        np.testing.assert_array_less(error, 1e-6 * np.outer(norms, norms))
+    else:
+        assert result.gram is None
+
+
+@pytest.mark.usefixtures("chunks_of_16")
+@pytest.mark.parametrize("with_gram", [False, True])
+def test_bfloat16_is_never_written_out_in_float32(with_gram):
+    leaves = [jnp.zeros((4, 1 << 16), jnp.bfloat16)]
+    grouping = _inner_products.resolve_groups(leaves, None)
+
+    def compute(leaves):
+        return _inner_products.stack_products(leaves, grouping, 1, with_gram=with_gram)
+
+    memory = jax.jit(compute).lower(leaves).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < leaves[0].nbytes / 10
 
 
 @pytest.mark.usefixtures("chunks_of_16")
