@@ -123,7 +123,7 @@ def bilevel_value_and_grad(
         raise ValueError(f"unknown loop {loop!r}; known: None, {', '.join(LOOPS)}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive integer, got {chunk_size}")
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
+    value_and_grad = jax.value_and_grad(_held(loss_fn, has_aux), has_aux=has_aux)
 
     def reweighted(
         params: PyTree, batches: PyTree, past: _past.Past | None = None
@@ -141,26 +141,26 @@ def bilevel_value_and_grad(
             k, first = _share(own, rule.held_out, axis_name)
         unroll = (loop or _best_loop(loss_fn, params, batches)) == "unroll"
 
-        def differentiate(start: Any, size: int) -> tuple[Any, PyTree]:
+        def differentiate(start: Any, size: int, one: Any) -> tuple[Any, PyTree]:
             """Values and gradients of mini-batches [start, start + size), stacked."""
             if size > 1:
                 chunk = jax.tree.map(
                     lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), batches
                 )
-                return jax.vmap(value_and_grad, in_axes=(None, 0))(params, chunk)
+                return jax.vmap(value_and_grad, in_axes=(None, 0, None))(params, chunk, one)
             batch = jax.tree.map(
                 lambda x: jax.lax.dynamic_index_in_dim(x, start, keepdims=False), batches
             )
-            return jax.tree.map(lambda x: jnp.asarray(x)[None], value_and_grad(params, batch))
+            return jax.tree.map(lambda x: jnp.asarray(x)[None], value_and_grad(params, batch, one))
 
-        def validate(start: Any, size: int) -> tuple[PyTree, Any]:
-            values, grads = differentiate(start, size)
+        def validate(start: Any, size: int, one: Any) -> tuple[PyTree, Any]:
+            values, grads = differentiate(start, size, one)
             sq_norms = _inner_products.squared_norms(grads, grouping)
             record = (values, jnp.zeros_like(sq_norms.T), sq_norms.T)
             return _inner_products.validation_gradient(grads, size), record
 
-        def train(start: Any, size: int) -> tuple[PyTree, Any]:
-            values, grads = differentiate(start, size)
+        def train(start: Any, size: int, one: Any = 1) -> tuple[PyTree, Any]:
+            values, grads = differentiate(start, size, one)
             dots = _inner_products.dots_with(grads, validation, grouping)
             sq_norms = _inner_products.squared_norms(grads, grouping)
             omega = _rule.diagonal_weights(dots, sq_norms, rule, has_past)
@@ -246,19 +246,42 @@ def _add(total: PyTree | None, part: PyTree, record: Any) -> tuple[PyTree, Any]:
     return part if total is None else jax.tree.map(jnp.add, total, part), record
 
 
+def _held(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """``loss_fn(params, batch)`` times `one`, without which its backward pass cannot start."""
+
+    def held(params: PyTree, batch: PyTree, one: Any) -> Any:
+        def hold(loss: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: x * jnp.asarray(one, jnp.result_type(x)), loss)
+
+        result = loss_fn(params, batch)
+        if has_aux and isinstance(result, tuple):
+            return hold(result[0]), *result[1:]
+        return hold(result)
+
+    return held
+
+
 def _accumulate(
-    function: Callable[[Any, int], tuple[PyTree, Any]],
+    function: Callable[[Any, int, Any], tuple[PyTree, Any]],
     total: PyTree | None,
     begin: int,
     end: int,
     chunk_size: int,
 ) -> tuple[Any, list[Any]]:
-    """Adds up the first results of ``function(start, size)`` over [begin, end), unrolled."""
+    """Adds up the first results of ``function(start, size, one)`` over [begin, end), unrolled.
+
+    XLA would start all mini-batches at once and hold all their gradients. Here a forward pass
+    starts when the last mini-batch but one has been added up, beside the last one's backward pass
+    to keep all cores busy; a backward pass, whose result is another gradient, when the last has.
+    """
     records = []
+    before = None
     for start in range(begin, end, chunk_size):
         size = min(chunk_size, end - start)
-        after = start if total is None else start + _zero_after(total)
-        total, record = _add(total, *function(after, size))
+        after = start if before is None else start + _zero_after(before)
+        one = 1 if total is None else 1 + _zero_after(total)
+        before = total
+        total, record = _add(total, *function(after, size, one))
         records.append(record)
     return total, records
 
@@ -266,9 +289,7 @@ def _accumulate(
 def _zero_after(total: PyTree) -> jax.Array:
     """A zero, int32 [], that is not known before every leaf of `total` is.
 
-    Added to the index of the next mini-batch it keeps XLA from starting that one's gradient before
-    this one's has been added up, and so from holding all k at a time. An optimization barrier does
-    not: the CPU backend drops it before scheduling.
+    An optimization barrier would not do: the CPU backend drops it before scheduling.
     """
     entries = [jnp.real(_inner_products.probe(x)) for x in jax.tree.leaves(total) if x.size]
     dependency = sum(jnp.abs(jnp.nan_to_num(x.astype(jnp.float32))) for x in entries)
