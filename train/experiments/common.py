@@ -145,17 +145,20 @@ LAPTOP = Config(
     epochs=40,
     learning_rate=0.03,
 )
+# Without dropout and with 60 epochs of few images: otherwise it memorises nothing in minutes.
 LAPTOP_CIFARNET = Config(
     method="bilevel",
     dataset="fashion_mnist",
-    train_size=2000,
+    train_size=1000,
     test_size=2000,
     network="cifarnet",
     augmentation="cifarnet",
     k=8,
     b=8,
-    epochs=30,
+    epochs=60,
     learning_rate=0.03,
+    decay=0.97,
+    dropout_rate=0.0,
 )
 LAPTOP_INCEPTION = Config(
     method="bilevel",
