@@ -508,10 +508,11 @@ def stack_products(
         with_gram: compute the whole Gram matrix (eq. 8) and read the others off it.
         past: the validation gradient, leaves [*shape], where no slots form it.
     """
+    all_in_gram = with_gram and past is None
 
     def products(g: jax.Array, p: jax.Array | None = None) -> tuple[jax.Array, ...]:
         gram = (_contract(g, g, tuple(range(1, g.ndim))),) if with_gram else ()
-        if with_gram and p is None:
+        if all_in_gram:
             return gram
         v = validation_gradient(g, num_validation) if p is None else p[0]
         dots = _contract(g, v, tuple(range(v.ndim)))
@@ -521,7 +522,7 @@ def stack_products(
     pasts = [(p[None],) for p in jax.tree.leaves(past)] if past is not None else [()] * len(stacks)
     parts = [_by_chunks(products, g, *p) for g, p in zip(stacks, pasts, strict=True)]
     sums = [_sum_by_group(list(part), grouping) for part in zip(*parts, strict=True)]
-    if not with_gram or past is not None:
+    if not all_in_gram:
         dots, sq_norms, validation_sq_norm, *gram = sums
         return _rule.Products(dots, sq_norms, validation_sq_norm[:, 0], *gram)
     (gram,) = sums

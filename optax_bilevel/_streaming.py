@@ -275,13 +275,11 @@ def _accumulate(
     to keep all cores busy; a backward pass, whose result is another gradient, when the last has.
     """
     records = []
-    before = None
+    before, last = 0, 0 if total is None else _zero_after(total)
     for start in range(begin, end, chunk_size):
         size = min(chunk_size, end - start)
-        after = start if before is None else start + _zero_after(before)
-        one = 1 if total is None else 1 + _zero_after(total)
-        before = total
-        total, record = _add(total, *function(after, size, one))
+        total, record = _add(total, *function(start + before, size, 1 + last))
+        before, last = last, _zero_after(total)
         records.append(record)
     return total, records
 
