@@ -32,7 +32,9 @@ TEST_IMAGES = 2000
 DATASETS: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 100, "decay": 0.98},
     "fashion_mnist": {"epochs": 40, "decay": 0.95, "train_size": 4000},
+    "fashion_mnist_10000": {"epochs": 100, "decay": 0.95, "train_size": 10000},
 }
+SHORT = ("digits", "fashion_mnist")
 
 
 class Products(NamedTuple):
@@ -41,12 +43,13 @@ class Products(NamedTuple):
     Attributes:
         dots: ⟨p, g_i⟩ with the past p, [k].
         gram: ⟨g_i, g_j⟩, [k, k].
-        coherence: the running average of s that the last step left, [].
+        coherence: the running average of s that the last step left, and the variance of s, [2].
         first: whether there is no past yet, [].
         mu: μ̂, [].
         smoothing: the decay of the average of s, [].
         gain: the factor in front of it, [].
         cap: the largest share of a step, [].
+        margin: the standard deviations of the average of s that it must be above zero, [].
         mixture: the share of this step's other mini-batches in the validation gradient, [].
     """
 
@@ -58,6 +61,7 @@ class Products(NamedTuple):
     smoothing: jax.Array
     gain: jax.Array
     cap: jax.Array
+    margin: jax.Array
     mixture: jax.Array
 
 
@@ -67,7 +71,7 @@ class Decision(NamedTuple):
     Attributes:
         weights: of the k gradients, before the momentum, [k].
         movement: what the step along the momentum is multiplied by, [].
-        coherence: the running average of s, [].
+        coherence: as in `Products`.
     """
 
     weights: jax.Array
@@ -128,13 +132,17 @@ def _coherent(
     s = jnp.sum(_l1(products.dots / jnp.sqrt(jnp.diag(products.gram) + 1e-12)))
     if clip_first:
         s = jnp.maximum(s, 0)
-    mean = products.smoothing * products.coherence + (1 - products.smoothing) * s
+    decay, (before, variance) = products.smoothing, products.coherence
+    mean = decay * before + (1 - decay) * s
+    variance = decay * variance + (1 - decay) * (s - before) * (s - mean)
     mean = jnp.where(products.first, 1.0, mean)
-    movement = jnp.clip(products.gain * mean, 0, products.cap)
-    weights = jnp.full(k, 1 / k)
+    variance = jnp.where(products.first, 0.0, variance)
+    deviation = jnp.sqrt((1 - decay) / (1 + decay) * variance)
+    movement = jnp.clip(products.gain * (mean - products.margin * deviation), 0, products.cap)
+    weights, coherence = jnp.full(k, 1 / k), jnp.stack([mean, variance])
     if before_momentum:
-        return Decision(weights * movement, 1.0, mean)
-    return Decision(weights, movement, mean)
+        return Decision(weights * movement, 1.0, coherence)
+    return Decision(weights, movement, coherence)
 
 
 RULES: dict[str, Callable[[Products], Decision]] = {
@@ -169,6 +177,7 @@ class Arm:
     smoothing: float = 0.9
     gain: float = 3.0
     cap: float = 1.0
+    margin: float = 0.0
     mixture: float = 0.0
     epochs: int | None = None
 
@@ -181,7 +190,7 @@ FRESH = (3, 4, 5, 6, 7)
 
 def arms() -> Iterator[Arm]:
     """Every arm, the most telling first."""
-    both = tuple(DATASETS)
+    both = SHORT
 
     def recommended(table: str, name: str, **changes: Any) -> Arm:
         return Arm(table, "coherent", name, **{**RECOMMENDED, **changes})
@@ -220,6 +229,10 @@ def arms() -> Iterator[Arm]:
             yield Arm("mini-batches", "past", name, k=k)
             yield Arm("mini-batches", "coherent", name, k=k)
             yield recommended("mini-batches", name, k=k)
+    for rate, name in itertools.product((0.5, 0.0), DATASETS):
+        yield Arm("margin", "uniform", name, noise_rate=rate)
+        for margin, decay in itertools.product((0.0, 1.0), (0.97, 0.99)):
+            yield recommended("margin", name, noise_rate=rate, margin=margin, past_decay=decay)
 
 
 class Layers(NamedTuple):
@@ -309,7 +322,10 @@ def _train(
             _gram(layers).reshape(k, b, k, b).mean((1, 3)),
             state.coherence,
             first,
-            **{name: options[name] for name in ("mu", "smoothing", "gain", "cap", "mixture")},
+            **{
+                name: options[name]
+                for name in ("mu", "smoothing", "gain", "cap", "margin", "mixture")
+            },
         )
         decision = RULES[rule](products)
         update = _weighted_gradient(layers, jnp.repeat(decision.weights, b) / b)
@@ -330,7 +346,7 @@ def _train(
         return state, accuracy(state.params, "test_x", "test")
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    start = State(params, zeros, zeros, jnp.float32(1), params, jnp.float32(0))
+    start = State(params, zeros, zeros, jnp.array([1.0, 0.0]), params, jnp.float32(0))
     state, test = jax.lax.scan(epoch, start, (order, learning_rates))
     given, true = (accuracy(state.params, "x", labels) for labels in ("given", "true"))
     return test, jnp.stack([given, true, accuracy(state.average, "test_x", "test")])
@@ -339,7 +355,7 @@ def _train(
 @functools.cache
 def _problem(name: str, data_dir: str | None, noise_rate: float, k: int, seed: int) -> Any:
     config = Config(
-        dataset=name,
+        dataset=name.removesuffix("_10000"),
         data_dir=data_dir,
         train_size=DATASETS[name].get("train_size"),
         noise_rate=noise_rate,
@@ -386,7 +402,7 @@ def measure(arm: Arm, seeds: tuple[int, ...], data_dir: str | None) -> dict[str,
     curves, ends = [], []
     problems = [_problem(arm.dataset, directory, arm.noise_rate, arm.k, s) for s in seeds]
     steps = min(order.steps_per_epoch for _, order in problems)  # noise changes it by one or two
-    names = ("past_decay", "momentum", "smoothing", "gain", "cap", "mixture")
+    names = ("past_decay", "momentum", "smoothing", "gain", "cap", "margin", "mixture")
     options = {name: jnp.float32(getattr(arm, name)) for name in names} | {"mu": jnp.float32(0.01)}
     for seed, (data, order) in zip(seeds, problems, strict=True):
         indices = np.stack([order.epoch(e)[:steps].reshape(steps, -1) for e in range(epochs)])

@@ -21,6 +21,7 @@ class CoherentStepsState(NamedTuple):
     Attributes:
         count: number of updates so far, int32 [].
         coherence: s̄, the average coherence, float32 [], in [-1, 1]; 1 after the first step.
+        variance: v, of s about s̄, float32 [], ≥ 0; 0 after the first step.
         step_size: what the last update was multiplied by, float32 [], in [0, 1]; 1 before any.
         direction: p, the average of the mean gradients, as params, float32 or wider.
         inner_state: state of the wrapped optimizer.
@@ -28,6 +29,7 @@ class CoherentStepsState(NamedTuple):
 
     count: Any  # jax.Array; the name hides tuple.count, as in every optax state
     coherence: jax.Array
+    variance: jax.Array
     step_size: jax.Array
     direction: PyTree
     inner_state: Any
@@ -103,18 +105,25 @@ def coherent_steps(
     decay: Any = 0.97,
     coherence_decay: Any = 0.9,
     gain: Any = 4.0,
+    margin: Any = 0.0,
     warmup_steps: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales an optimizer's steps by how far fresh mini-batches agree with the steps before.
 
     .. math:: \bar s_t = d_s\,\bar s_{t-1} + (1-d_s)\, s_t, \qquad
-        \text{update} = \min(\max(\gamma\,\bar s_t, 0), 1)\; \text{opt}(m_t), \qquad
+        \text{update} = \min(\max(\gamma\,(\bar s_t - z\,\sigma_t), 0), 1)\; \text{opt}(m_t), \qquad
         p_t = d\, p_{t-1} + (1-d)\, m_t,
 
-    with m_t and s_t of `mean_and_coherence` at p_{t-1}, and :math:`\bar s_1 = 1`. The steps end
-    where nothing more is learnt that holds for other mini-batches. The signed s is averaged before
-    it is clipped: clipped at once, its noise alone would add up to steps. It scales what the
-    optimizer *moves*, after its momentum: gradients held back would leave the momentum to coast on.
+    with m_t and s_t of `mean_and_coherence` at p_{t-1}, and :math:`\bar s_1 = 1`. σ is the standard
+    deviation of s̄, from a running variance v of s about it:
+
+    .. math:: v_t = d_s\,v_{t-1} + (1-d_s)(s_t - \bar s_{t-1})(s_t - \bar s_t), \qquad
+        \sigma_t^2 = \frac{1-d_s}{1+d_s}\, v_t, \qquad v_1 = 0.
+
+    The steps end where nothing more is learnt that holds for other mini-batches. The signed s is
+    averaged before it is clipped: clipped at once, its noise alone would add up to steps; z takes
+    off what is left of that. It scales what the optimizer *moves*, after its momentum: gradients
+    held back would leave the momentum to coast on.
 
     Args:
         opt: the optimizer, with its learning rate, such as ``optax.sgd(0.03, momentum=0.9)``. It
@@ -124,8 +133,11 @@ def coherent_steps(
             traced.
         coherence_decay: d_s in [0, 1), of the average coherence; a short memory, so that the steps
             end when the coherence does. May be traced.
-        gain: γ > 0; the steps are whole ones where s̄ is above 1/γ. A smaller one refuses more and
-            learns more slowly: 2 where half of the labels are surely wrong. May be traced.
+        gain: γ > 0; the steps are whole ones where s̄ - zσ is above 1/γ. A smaller one refuses more
+            and learns more slowly. May be traced.
+        margin: z ≥ 0; by how many of its standard deviations s̄ must be above zero before there are
+            steps. Take 1, with a decay of 0.99, for trainings of ten thousand steps, in which those
+            taken by chance add up to memorising. Short trainings learn less with it. May be traced.
         warmup_steps: that many first steps are whole, whatever s̄ says, ≥ 0. A network that starts
             on a plateau, as deep ones without normalisation do, finds no coherence there, and would
             not leave it; memorising takes longer. A tenth of the training is a good start. May be
@@ -155,6 +167,7 @@ def coherent_steps(
     _rule.check_decay("decay", decay)
     _rule.check_decay("coherence_decay", coherence_decay)
     _rule.check_positive("gain", gain)
+    _rule.check_not_negative("margin", margin)
     _rule.check_not_negative("warmup_steps", warmup_steps)
     inner = optax.with_extra_args_support(opt)
 
@@ -167,6 +180,7 @@ def coherent_steps(
         count, step_size = jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
         return CoherentStepsState(
             _inner_products.replicate_like(count, params),
+            _inner_products.replicate_like(jnp.zeros_like(step_size), params),
             _inner_products.replicate_like(jnp.zeros_like(step_size), params),
             _inner_products.replicate_like(step_size, params),
             jax.tree.map(zeros, params),
@@ -187,14 +201,17 @@ def coherent_steps(
                 "grads, state.direction); tx.update(mean, state, params, coherence=s)"
             )
         _inner_products.check_like(updates, state.direction)
-        smoothed, factor = _rule.step_factor(
-            state.coherence, coherence, state.count == 0, coherence_decay, gain
+        first = state.count == 0
+        smoothed, variance, factor = _rule.step_factor(
+            state.coherence, state.variance, coherence, first, coherence_decay, gain, margin
         )
         factor = jnp.where(state.count < warmup_steps, jnp.ones_like(factor), factor)
         direction = _inner_products.blend(state.direction, updates, decay)
         new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         new_updates = _inner_products.scaled(new_updates, factor)
         count = optax.safe_increment(state.count)
-        return new_updates, CoherentStepsState(count, smoothed, factor, direction, inner_state)
+        return new_updates, CoherentStepsState(
+            count, smoothed, variance, factor, direction, inner_state
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -363,21 +363,36 @@ def projections(dots: jax.Array, sq_norms: jax.Array) -> jax.Array:
 
 
 def step_factor(
-    average: jax.Array, coherence: jax.Array, first: jax.Array, decay: Scalar, gain: Scalar
-) -> tuple[jax.Array, jax.Array]:
+    average: jax.Array,
+    variance: jax.Array,
+    coherence: jax.Array,
+    first: jax.Array,
+    decay: Scalar,
+    gain: Scalar,
+    margin: Scalar,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """How much of an optimizer's step is taken.
 
     Args:
         average: s̄ of the steps before, [].
+        variance: v, of s about s̄, of the steps before, [].
         coherence: s of this step, [].
         first: whether there was no step before, bool [].
-        decay: of the average.
+        decay: d_s, of both averages.
         gain: γ.
+        margin: z.
 
     Returns:
-        s̄ with this step in it, and the factor min(max(γ s̄, 0), 1); [], of the dtype of `average`.
+        s̄ and v with this step in them, and the factor min(max(γ (s̄ - z σ), 0), 1), where
+        σ² = v (1 - d_s)/(1 + d_s) is the variance of an average of independent s; [], of the dtype
+        of `average`.
     """
-    decay, gain = (jnp.real(x).astype(average.dtype) for x in (decay, gain))
-    smoothed = decay * average + (1 - decay) * coherence.astype(average.dtype)
+    decay, gain, margin = (jnp.real(x).astype(average.dtype) for x in (decay, gain, margin))
+    surprise = coherence.astype(average.dtype) - average
+    smoothed = average + (1 - decay) * surprise
+    # Never below zero: one factor is the other, times d_s.
+    spread = decay * variance + (1 - decay) * surprise * (decay * surprise)
     smoothed = jnp.where(first, jnp.ones_like(smoothed), smoothed)
-    return smoothed, jnp.clip(gain * smoothed, 0, 1)
+    spread = jnp.where(first, jnp.zeros_like(spread), spread)
+    deviation = jnp.sqrt(spread * (1 - decay) / (1 + decay))
+    return smoothed, spread, jnp.clip(gain * (smoothed - margin * deviation), 0, 1)

@@ -67,6 +67,9 @@ class Config:
     coherence_gain: Annotated[float, Help(help="factor of the average coherence in `coherent`")] = (
         4.0
     )
+    coherence_margin: Annotated[
+        float, Help(help="standard deviations that it must be above zero for `coherent` to step")
+    ] = 0.0
     coherence_warmup: Annotated[
         float, Help(help="share of the run's steps, its first ones, that `coherent` takes whole")
     ] = 0.1
@@ -156,7 +159,7 @@ class Config:
             ("noise_rate", 0, 1), ("validation_ratio", 0, 0.9), ("momentum", 0, 1),
             ("train_size", 1, None), ("test_size", 1, None), ("image_size", 1, None),
             ("weight_decay", 0, None), ("bootstrap_beta", 0, 1), ("loss_percentile", 0, 100),
-            ("group_norm", 0, None),
+            ("group_norm", 0, None), ("coherence_margin", 0, None),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= (math.inf if high is None else high):

@@ -32,9 +32,9 @@ def test_momentum_sgd_against_the_formula():
     rng = np.random.default_rng(0)
     stacks = rng.normal(size=(5, 4, 6)) + rng.normal(size=(5, 1, 6))
     stacks[3] = -3 * stacks[2]
-    decay, coherence_decay, gain, rate, momentum = 0.8, 0.6, 0.8, 0.1, 0.9
+    decay, coherence_decay, gain, margin, rate, momentum = 0.8, 0.6, 0.8, 0.5, 0.1, 0.9
     opt = optax.sgd(rate, momentum=momentum)
-    tx = coherent_steps(opt, decay=decay, coherence_decay=coherence_decay, gain=gain)
+    tx = coherent_steps(opt, decay=decay, coherence_decay=coherence_decay, gain=gain, margin=margin)
 
     @jax.jit
     def step(stack, state, params):
@@ -44,19 +44,25 @@ def test_momentum_sgd_against_the_formula():
 
     params = jnp.zeros(6)
     state = tx.init(params)
-    expected, direction, trace, average = np.zeros(6), np.zeros(6), np.zeros(6), 1.0
+    expected, direction, trace, average, variance = np.zeros(6), np.zeros(6), np.zeros(6), 1.0, 0.0
     averages = []
     for t, stack in enumerate(stacks):
         params, state = step(jnp.asarray(stack, jnp.float32), state, params)
         mean = stack.mean(axis=0)
         if t:
             s = coherence_of(stack, direction)
+            before = average
             average = coherence_decay * average + (1 - coherence_decay) * s
+            variance *= coherence_decay
+            variance += (1 - coherence_decay) * (s - before) * (s - average)
         direction = decay * direction + (1 - decay) * mean
         trace = momentum * trace + mean
-        expected = expected - np.clip(gain * average, 0, 1) * rate * trace
+        deviation = np.sqrt((1 - coherence_decay) / (1 + coherence_decay) * variance)
+        factor = np.clip(gain * (average - margin * deviation), 0, 1)
+        expected = expected - factor * rate * trace
         np.testing.assert_allclose(params, expected, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(state.coherence, average, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(state.variance, variance, rtol=1e-5, atol=1e-6)
         averages.append(average)
     assert step._cache_size() == 1
     assert int(state.count) == 5
@@ -174,6 +180,8 @@ def test_errors():
             coherent_steps(optax.sgd(0.1), **{name: value})
     with pytest.raises(ValueError, match="gain must be a positive finite number, got 0"):
         coherent_steps(optax.sgd(0.1), gain=0)
+    with pytest.raises(ValueError, match="margin must be at least 0, got -1"):
+        coherent_steps(optax.sgd(0.1), margin=-1)
     with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
         coherent_steps(optax.sgd(0.1), warmup_steps=-1)
     tx = coherent_steps(optax.sgd(0.1))

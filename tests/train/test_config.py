@@ -87,6 +87,7 @@ def test_noise_may_be_a_file():
         ({"coherence_gain": 0.0}, "coherence_gain must be positive and finite, got 0.0"),
         ({"past_decay": 1.0}, "past_decay must be from 0 to below 1, got 1.0"),
         ({"coherence_decay": 1.0}, "coherence_decay must be from 0 to below 1, got 1.0"),
+        ({"coherence_margin": -1.0}, "coherence_margin must be at least 0, got -1.0"),
         ({"coherence_warmup": 1.5}, "coherence_warmup must be from 0 to 1, got 1.5"),
         (
             {"method": "past", "num_validation": 2},
@@ -132,7 +133,7 @@ OTHER = {
     "dataset": "mnist", "data_dir": "somewhere", "image_size": 9, "train_size": 7, "test_size": 8,
     "network": "cifarnet", "hidden": (3, 4), "augmentation": "inception", "method": "uniform",
     "k": 9, "b": 9, "past_decay": 0.5, "coherence_decay": 0.5, "coherence_gain": 2.0,
-    "coherence_warmup": 0.2,
+    "coherence_margin": 1.0, "coherence_warmup": 0.2,
     "lam": 2.0, "mu": 0.02, "num_validation": 2, "normalize": False, "nonnegative": True,
     "smoothing": 0.2, "mixup_alpha": 0.4, "bootstrap": "soft", "bootstrap_beta": 0.9,
     "channel_noise": 0.1, "loss_percentile": 50.0, "group_norm": 1.0,

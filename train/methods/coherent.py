@@ -26,6 +26,7 @@ def make(config: Any, task: Task) -> Method:
         **decay,
         coherence_decay=config.coherence_decay,
         gain=config.coherence_gain,
+        margin=config.coherence_margin,
         warmup_steps=round(config.coherence_warmup * config.epochs * task.steps_per_epoch),
     )
     layout = task.layout
