@@ -184,6 +184,8 @@ class Arm:
 
 RECOMMENDED = {"past_decay": 0.97, "smoothing": 0.9, "gain": 4.0}
 """Of the coherent step: the defaults of `optax_bilevel.coherent_steps`."""
+LONG = {**RECOMMENDED, "past_decay": 0.99, "margin": 1.0}
+"""For long trainings."""
 FRESH = (3, 4, 5, 6, 7)
 """Seeds that no choice was made by."""
 
@@ -192,22 +194,23 @@ def arms() -> Iterator[Arm]:
     """Every arm, the most telling first."""
     both = SHORT
 
-    def recommended(table: str, name: str, **changes: Any) -> Arm:
-        return Arm(table, "coherent", name, **{**RECOMMENDED, **changes})
+    def recommended(table: str, name: str, **changes: Any) -> Iterator[Arm]:
+        for setting in (RECOMMENDED, LONG):
+            yield Arm(table, "coherent", name, **{**setting, **changes})
 
     for rate in (0.5, 0.0, 0.8, 0.2):
         for rule, name in itertools.product(("uniform", "coherent", "past", "bilevel"), both):
             yield Arm("noise", rule, name, noise_rate=rate)
         for name in both:
-            yield recommended("noise", name, noise_rate=rate)
+            yield from recommended("noise", name, noise_rate=rate)
     for rate, name in itertools.product((0.5, 0.0), both):
         yield Arm("fresh seeds", "uniform", name, noise_rate=rate)
-        yield recommended("fresh seeds", name, noise_rate=rate)
+        yield from recommended("fresh seeds", name, noise_rate=rate)
     for lr, rate in ((0.1, 0.5), (0.01, 0.5), (0.1, 0.0), (0.01, 0.0)):
         for rule, name in itertools.product(("uniform", "coherent", "past"), both):
             yield Arm("learning rate", rule, name, noise_rate=rate, learning_rate=lr)
         for name in both:
-            yield recommended("learning rate", name, noise_rate=rate, learning_rate=lr)
+            yield from recommended("learning rate", name, noise_rate=rate, learning_rate=lr)
     for rate, gain, cap, name in itertools.product((0.5, 0.0), (1.0, 2.0, 4.0), (1.0, 100.0), both):
         yield Arm("gain", "coherent", name, noise_rate=rate, gain=gain, cap=cap)
     for rate, name in itertools.product((0.5, 0.0), both):
@@ -228,11 +231,11 @@ def arms() -> Iterator[Arm]:
         for k in (2, 32):
             yield Arm("mini-batches", "past", name, k=k)
             yield Arm("mini-batches", "coherent", name, k=k)
-            yield recommended("mini-batches", name, k=k)
+            yield from recommended("mini-batches", name, k=k)
     for rate, name in itertools.product((0.5, 0.0), DATASETS):
         yield Arm("margin", "uniform", name, noise_rate=rate)
         for margin, decay in itertools.product((0.0, 1.0), (0.97, 0.99)):
-            yield recommended("margin", name, noise_rate=rate, margin=margin, past_decay=decay)
+            yield Arm("margin", "coherent", name, rate, gain=4.0, margin=margin, past_decay=decay)
 
 
 class Layers(NamedTuple):
