@@ -59,7 +59,10 @@ class Config:
     nonnegative: Annotated[bool, Help(help="clip ω at zero")] = False
     past_decay: Annotated[
         float | None,
-        Help(help="decay per step of the average of gradients; none: 0.9 (past), 0.97 (coherent)"),
+        Help(
+            help="decay per step of the average of gradients; none: 0.9 (past), 0.97 (coherent, "
+            "0.99 in runs of 10,000 steps and more)"
+        ),
     ] = None
     coherence_decay: Annotated[float, Help(help="decay of the average coherence in `coherent`")] = (
         0.9
@@ -68,8 +71,12 @@ class Config:
         4.0
     )
     coherence_margin: Annotated[
-        float, Help(help="standard deviations that it must be above zero for `coherent` to step")
-    ] = 0.0
+        float | None,
+        Help(
+            help="standard deviations that it must be above zero for `coherent` to step; none: 1 "
+            "in runs of 10,000 steps and more, else 0"
+        ),
+    ] = None
     coherence_warmup: Annotated[
         float, Help(help="share of the run's steps, its first ones, that `coherent` takes whole")
     ] = 0.1

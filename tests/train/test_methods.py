@@ -243,6 +243,21 @@ def test_coherent_scales_the_step_of_the_mean_gradient():
     np.testing.assert_allclose([step.step_size for step in warm], [1, factor], 1e-6)
 
 
+def test_coherent_takes_a_margin_and_a_longer_memory_in_long_runs():
+    def state_after_two(epochs, **options):  # of ten steps
+        of = config("coherent", coherence_warmup=0.0, coherence_gain=0.5, epochs=epochs, **options)
+        state = two_steps(of)[1].state
+        return state.step_size, *(x.sum() for x in jax.tree.leaves(state.direction))
+
+    by_itself = state_after_two(1000)
+    assert by_itself == state_after_two(1, coherence_margin=1.0, past_decay=0.99)
+    short = state_after_two(999)
+    assert short == state_after_two(1000, coherence_margin=0.0, past_decay=0.97)
+    assert all(x != y for x, y in zip(by_itself, short, strict=True))
+    long = methods.make(config("coherent", epochs=1000), TASK)
+    assert long.how == "the mean of 8 gradients, steps scaled, margin 1"
+
+
 def test_bilevel_exact_stacked_and_collective_agree():
     stacked, collective = (run(config("bilevel_exact", form=f)) for f in ("stacked", "collective"))
     reference = {name: np.asarray(x, np.float64) for name, x in by_name(stacked.grads).items()}

@@ -16,18 +16,23 @@ from train.mesh import Layout
 from train.methods.bilevel import all_gradients, on_each_device
 from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
 
+LONG = 10_000  # steps; from there on those taken by chance add up (docs/past.md)
+
 
 def make(config: Any, task: Task) -> Method:
     """Takes `past_decay` and the fields `coherence_…` from the config."""
-    decay = {} if config.past_decay is None else {"decay": config.past_decay}
+    steps = config.epochs * task.steps_per_epoch
+    decay, margin = (0.99, 1.0) if steps >= LONG else (0.97, 0.0)
+    decay = decay if config.past_decay is None else config.past_decay
+    margin = margin if config.coherence_margin is None else config.coherence_margin
     # The optimizer is the trainer's own: this keeps the averages.
     rule = optax_bilevel.coherent_steps(
         optax.identity(),
-        **decay,
+        decay=decay,
         coherence_decay=config.coherence_decay,
         gain=config.coherence_gain,
-        margin=config.coherence_margin,
-        warmup_steps=round(config.coherence_warmup * config.epochs * task.steps_per_epoch),
+        margin=margin,
+        warmup_steps=round(config.coherence_warmup * steps),
     )
     layout = task.layout
     # The compiler would send all k gradients of a stack that lies on several devices.
@@ -41,7 +46,8 @@ def make(config: Any, task: Task) -> Method:
         _, state = rule.update(mean, state, params, coherence=coherence)
         return Gradient(losses, aux, mean, None, state, state.step_size)
 
-    return Method(gradient, f"the mean of {config.k} gradients, steps scaled", init=rule.init)
+    how = f"the mean of {config.k} gradients, steps scaled"
+    return Method(gradient, f"{how}, margin {margin:g}" if margin else how, init=rule.init)
 
 
 def _stacked(loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree) -> Any:
