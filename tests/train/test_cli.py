@@ -237,10 +237,15 @@ def test_a_signal_while_training_saves_and_has_an_exit_code(
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_before_the_training_has_the_same_exit_code(tmp_path, monkeypatch, signum, code):
+    # A shell starts what it puts in the background with SIGINT ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signum)
     monkeypatch.setattr(trainer, "load_problem", lambda config: os.kill(os.getpid(), signum))
-    assert call("run", "--out", tmp_path / "run", *TINY) == code
-    assert signal.getsignal(signum) == before
+    try:
+        assert call("run", "--out", tmp_path / "run", *TINY) == code
+        assert signal.getsignal(signum) == before
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_messages_with_brackets_come_out_whole(capsys, monkeypatch):
