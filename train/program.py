@@ -208,7 +208,11 @@ def _build(
             **options,
         )
 
-    graph = nnx.graphdef(nnx.eval_shape(lambda: method.network(create(jax.random.key(0)))))
+    abstract = nnx.eval_shape(lambda: method.network(create(jax.random.key(0))))
+    graph = nnx.graphdef(abstract)
+    how = method.how
+    if config.method == "coherent" and jax.tree.leaves(nnx.state(abstract, nnx.BatchStat)):
+        how += "; with batch norm it learnt too little, or memorised (docs/past.md): see bilevel"
 
     def start(key: jax.Array) -> State:
         return state_of(create(key))
@@ -316,7 +320,7 @@ def _build(
         step=jax.jit(step, donate_argnums=0, **on_mesh),
         predict=jax.jit(predict, static_argnames="dropout", **scores_on_mesh),
         new_epoch=jax.jit(new_epoch, donate_argnums=0, **on_mesh),
-        how=method.how,
+        how=how,
         layout=layout,
     )
 

@@ -319,6 +319,17 @@ def test_prediction_uses_the_running_averages_and_leaves_them():
 
 
 @pytest.mark.usefixtures("_batch_normalized")
+def test_coherent_steps_say_that_they_have_not_held_with_batch_norm():
+    note = "with batch norm it learnt too little"
+    assert note in build(config(method="coherent", hidden=None)).how
+    assert note not in build(config(method="bilevel", hidden=None)).how
+
+
+def test_coherent_steps_do_not_say_so_without():
+    assert "batch norm" not in build(config(method="coherent")).how
+
+
+@pytest.mark.usefixtures("_batch_normalized")
 def test_a_failure_in_the_running_averages_is_recorded():
     of = config(method="uniform", hidden=None)
     program, state = build(of), start_normalized(of)
