@@ -34,7 +34,6 @@ DATASETS: dict[str, dict[str, Any]] = {
     "fashion_mnist": {"epochs": 40, "decay": 0.95, "train_size": 4000},
     "fashion_mnist_10000": {"epochs": 100, "decay": 0.95, "train_size": 10000},
 }
-SHORT = ("digits", "fashion_mnist")
 
 
 class Products(NamedTuple):
@@ -192,7 +191,7 @@ FRESH = (3, 4, 5, 6, 7)
 
 def arms() -> Iterator[Arm]:
     """Every arm, the most telling first."""
-    both = SHORT
+    both, longest = ("digits", "fashion_mnist"), "fashion_mnist_10000"
 
     def recommended(table: str, name: str, **changes: Any) -> Iterator[Arm]:
         for setting in (RECOMMENDED, LONG):
@@ -232,9 +231,10 @@ def arms() -> Iterator[Arm]:
             yield Arm("mini-batches", "past", name, k=k)
             yield Arm("mini-batches", "coherent", name, k=k)
             yield from recommended("mini-batches", name, k=k)
-    for rate, name in itertools.product((0.5, 0.0), DATASETS):
-        yield Arm("margin", "uniform", name, noise_rate=rate)
-        for margin, decay in itertools.product((0.0, 1.0), (0.97, 0.99)):
+    for rate in (0.5, 0.0):
+        yield Arm("margin", "uniform", longest, noise_rate=rate)
+        yield from recommended("margin", longest, noise_rate=rate)
+        for name, (margin, decay) in itertools.product(DATASETS, ((0.0, 0.99), (1.0, 0.97))):
             yield Arm("margin", "coherent", name, rate, gain=4.0, margin=margin, past_decay=decay)
 
 
@@ -325,10 +325,7 @@ def _train(
             _gram(layers).reshape(k, b, k, b).mean((1, 3)),
             state.coherence,
             first,
-            **{
-                name: options[name]
-                for name in ("mu", "smoothing", "gain", "cap", "margin", "mixture")
-            },
+            **{name: options[name] for name in Products._fields if name in options},
         )
         decision = RULES[rule](products)
         update = _weighted_gradient(layers, jnp.repeat(decision.weights, b) / b)

@@ -73,8 +73,8 @@ class Config:
     coherence_margin: Annotated[
         float | None,
         Help(
-            help="standard deviations that it must be above zero for `coherent` to step; none: 1 "
-            "in runs of 10,000 steps and more, else 0"
+            help="by how many deviations the average coherence must be above zero in `coherent`; "
+            "none: 1 in runs of 10,000 steps and more, else 0"
         ),
     ] = None
     coherence_warmup: Annotated[

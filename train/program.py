@@ -211,8 +211,8 @@ def _build(
     abstract = nnx.eval_shape(lambda: method.network(create(jax.random.key(0))))
     graph = nnx.graphdef(abstract)
     how = method.how
-    if config.method == "coherent" and jax.tree.leaves(nnx.state(abstract, nnx.BatchStat)):
-        how += "; with batch norm it learnt too little, or memorised (docs/past.md): see bilevel"
+    if method.with_batch_norm and jax.tree.leaves(nnx.state(abstract, nnx.BatchStat)):
+        how = f"{how}; {method.with_batch_norm}"
 
     def start(key: jax.Array) -> State:
         return state_of(create(key))

@@ -16,22 +16,21 @@ from train.mesh import Layout
 from train.methods.bilevel import all_gradients, on_each_device
 from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
 
-LONG = 10_000  # steps; from there on those taken by chance add up (docs/past.md)
+_LONG = 10_000  # steps; from there on those taken by chance add up (docs/past.md)
 
 
 def make(config: Any, task: Task) -> Method:
     """Takes `past_decay` and the fields `coherence_…` from the config."""
     steps = config.epochs * task.steps_per_epoch
-    decay, margin = (0.99, 1.0) if steps >= LONG else (0.97, 0.0)
-    decay = decay if config.past_decay is None else config.past_decay
-    margin = margin if config.coherence_margin is None else config.coherence_margin
+    chosen = {"decay": config.past_decay, "margin": config.coherence_margin}
+    options = {"decay": 0.99, "margin": 1.0} if steps >= _LONG else {}
+    options |= {name: value for name, value in chosen.items() if value is not None}
     # The optimizer is the trainer's own: this keeps the averages.
     rule = optax_bilevel.coherent_steps(
         optax.identity(),
-        decay=decay,
+        **options,
         coherence_decay=config.coherence_decay,
         gain=config.coherence_gain,
-        margin=margin,
         warmup_steps=round(config.coherence_warmup * steps),
     )
     layout = task.layout
@@ -47,7 +46,10 @@ def make(config: Any, task: Task) -> Method:
         return Gradient(losses, aux, mean, None, state, state.step_size)
 
     how = f"the mean of {config.k} gradients, steps scaled"
-    return Method(gradient, f"{how}, margin {margin:g}" if margin else how, init=rule.init)
+    if margin := options.get("margin"):
+        how += f", margin {margin:g}"
+    note = "with batch norm it learnt too little, or memorised (docs/past.md): see bilevel"
+    return Method(gradient, how, init=rule.init, with_batch_norm=note)
 
 
 def _stacked(loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree) -> Any:

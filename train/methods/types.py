@@ -131,6 +131,7 @@ class Method:
             default all of it on every device.
         network: wraps the network, for a method that trains parameters of its own; they are the
             optimizer's like the others. Evaluation sees the wrapper in evaluation mode.
+        with_batch_norm: what is to be said where the network has batch norm.
     """
 
     gradient: GradientFn
@@ -138,3 +139,4 @@ class Method:
     init: Callable[[PyTree], PyTree] = lambda params: ()
     spec: PyTree = _EVERYWHERE
     network: Callable[[models.Network], models.Network] = lambda network: network
+    with_batch_norm: str | None = None
