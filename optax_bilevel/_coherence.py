@@ -5,13 +5,14 @@ optimizer moves along what it has gathered so far, by as much of a step as the k
 none of it has seen, point the same way. Not in the paper.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_bilevel import _inner_products, _rule
+from optax_bilevel import _inner_products, _rule, _streaming
 from optax_bilevel._inner_products import AxisName, PyTree
 
 
@@ -82,19 +83,114 @@ def mean_and_coherence(
         return grads, jnp.zeros(())
     grouping = _inner_products.resolve_groups(grads, None)
     sq_norms = _inner_products.squared_norms(stack, grouping)
-    cosines = _rule.projections(_inner_products.dots_with(stack, direction, grouping), sq_norms)
+    dots = _inner_products.dots_with(stack, direction, grouping)
     total = _inner_products.finite_sum(stack, sq_norms, grouping)
+    return _mean_and_coherence(total, dots, sq_norms, grads, axis_name)
+
+
+def coherent_value_and_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    loop: str | None = None,
+    chunk_size: int = 1,
+    axis_name: AxisName | None = None,
+) -> Callable[..., tuple[Any, PyTree, jax.Array]]:
+    """Like `jax.value_and_grad`, over k mini-batches, giving their mean gradient and coherence.
+
+    Computes what `jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))` followed by `mean_and_coherence`
+    computes, without ever holding k gradients: beside the gradient at hand (or `chunk_size` of
+    them) there is their sum, whatever k is.
+
+    Args:
+        loss_fn, has_aux, loop, chunk_size: as in `bilevel_value_and_grad`.
+        axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) over whose D
+            devices the k = m·D mini-batches are spread, m on each; `batches` leads with this
+            device's own m. `params` and the direction are the same on all devices. Moves what
+            `jax.lax.pmean` moves, and three scalars.
+
+    Returns:
+        A function ``(params, batches, direction) -> (value, mean, s)``. Leaves of `batches` lead
+        with k; random keys, one per mini-batch, are ordinary leaves. `direction` is
+        ``state.direction`` of `coherent_steps`. `value` is the losses [k], or ``(losses, aux)``
+        with aux leaves [k, ...]; `mean` and `s` are those of `mean_and_coherence`, `mean` of the
+        dtypes of `params`. With `axis_name` losses and aux are those of this device's own m
+        mini-batches; `mean` and `s`, of all k, are the same on all devices.
+
+    Raises:
+        ValueError: at construction for an unknown loop or a chunk size out of range; at trace time
+            for leaves of `batches` that do not share their leading axis, and for a direction that
+            is not like `params`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, optax_bilevel
+        >>> loss = lambda w, batch: jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
+        >>> batches = {"x": jnp.ones((4, 2, 3)), "y": jnp.ones((4, 2))}  # k = 4 mini-batches of 2
+        >>> step = optax_bilevel.coherent_value_and_grad(loss)
+        >>> tx = optax_bilevel.coherent_steps(optax.sgd(0.1, momentum=0.9))
+        >>> w = jnp.zeros(3)
+        >>> state = tx.init(w)
+        >>> losses, mean, s = step(w, batches, state.direction)
+        >>> updates, state = tx.update(mean, state, w, coherence=s)
+        >>> losses.shape, updates.shape
+        ((4,), (3,))
+    """
+    stream = _streaming.Stream(loss_fn, has_aux, loop, chunk_size)
+    stream.check()
+
+    def coherent(params: PyTree, batches: PyTree, direction: PyTree) -> tuple[Any, ...]:
+        count = stream.check_inputs(params, batches, 0)
+        remedy = "take state.direction of coherent_steps"
+        _inner_products.check_average(direction, params, "direction", remedy)
+        grouping = _inner_products.resolve_groups(params, None)
+        if axis_name is not None:
+            # Or shard_map would add up the gradients over the devices, each time.
+            params, direction = _inner_products.vary((params, direction), axis_name)
+        differentiate = stream.differentiate(params, batches)
+
+        def compare(start: Any, size: int, one: Any) -> tuple[PyTree, Any]:
+            values, grads = differentiate(start, size, one)
+            dots = _inner_products.dots_with(grads, direction, grouping)
+            sq_norms = _inner_products.squared_norms(grads, grouping)
+            total = _inner_products.finite_sum(grads, sq_norms, grouping)
+            return total, (values, dots.T, sq_norms.T)
+
+        unroll = stream.unrolls(params, batches)
+        total, records = stream.add_up(compare, direction, 0, count, unroll=unroll)
+        values, dots, sq_norms = jax.tree.map(lambda *x: jnp.concatenate(x), *records)
+        return values, *_mean_and_coherence(total, dots.T, sq_norms.T, params, axis_name)
+
+    return coherent
+
+
+def _mean_and_coherence(
+    total: PyTree,
+    dots: jax.Array,
+    sq_norms: jax.Array,
+    like: PyTree,
+    axis_name: AxisName | None,
+) -> tuple[PyTree, jax.Array]:
+    """The mean m and the coherence s of all mini-batches.
+
+    Args:
+        total: Σ_i g_i over the finite mini-batches of this device, leaves [*shape].
+        dots: ⟨p, g_i⟩ of this device, [1, n].
+        sq_norms: |g_i|² of this device, [1, n].
+        like: a tree whose leaves have the dtypes of m.
+        axis_name: to add up over devices.
+    """
+    cosines = _rule.projections(dots, sq_norms)
     sums = (
         jnp.sum(cosines),
         jnp.sum(jnp.abs(cosines)),
         jnp.sum(_rule.finite(sq_norms)).astype(cosines.dtype),
     )
     if axis_name is not None:
-        total = jax.tree.map(lambda x, g: x.astype(g.dtype), total, grads)
+        total = jax.tree.map(lambda x, g: x.astype(g.dtype), total, like)
         total, sums = jax.lax.psum((total, sums), axis_name)
     signed, absolute, count = sums
     mean = jax.tree.map(
-        lambda x, g: (x / jnp.maximum(count, 1).astype(x.dtype)).astype(g.dtype), total, grads
+        lambda x, g: (x / jnp.maximum(count, 1).astype(x.dtype)).astype(g.dtype), total, like
     )
     return mean, jnp.where(absolute > 0, signed / jnp.where(absolute > 0, absolute, 1), 0)
 

@@ -141,6 +141,28 @@ def check_like(grads: PyTree, params: PyTree) -> None:
             )
 
 
+def check_average(average: PyTree, shapes: PyTree, name: str, remedy: str) -> None:
+    """Checks an average of gradients against arrays, or abstract ones, of the gradients' shapes.
+
+    Raises:
+        ValueError: naming the leaf, what was expected and what came, and the remedy.
+    """
+    structures = jax.tree.structure(average), jax.tree.structure(shapes)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"{name} and the gradients differ in structure, {structures[0]} and {structures[1]}: "
+            f"{remedy}"
+        )
+    expected = jax.tree_util.tree_leaves_with_path(shapes)
+    for (path, shape), leaf in zip(expected, jax.tree.leaves(average), strict=True):
+        dtype = accumulation_dtype(shape.dtype)
+        if tuple(leaf.shape) != tuple(shape.shape) or leaf.dtype != dtype:
+            raise ValueError(
+                f"{name} leaf {path_name(path)}: expected shape {tuple(shape.shape)} of {dtype}, "
+                f"got {tuple(leaf.shape)} of {leaf.dtype}: {remedy}"
+            )
+
+
 def _beside_params(
     grads: PyTree, params: PyTree
 ) -> list[tuple[tuple[Any, ...], Any, tuple[int, ...]]]:

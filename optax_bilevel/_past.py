@@ -104,18 +104,4 @@ def check(past: Any, shapes: PyTree, rule: _rule.Rule, remedy: str) -> None:
     if not isinstance(past, Past):
         got = "None" if past is None else type(past).__name__
         raise ValueError(f'validation="past" needs the past, got {got}: make it by {remedy}')
-    expected = jax.tree_util.tree_leaves_with_path(shapes)
-    structures = jax.tree.structure(past.average), jax.tree.structure(shapes)
-    if structures[0] != structures[1]:
-        raise ValueError(
-            f"past.average and the gradients differ in structure, {structures[0]} and "
-            f"{structures[1]}: make it by {remedy}"
-        )
-    for (path, shape), leaf in zip(expected, jax.tree.leaves(past.average), strict=True):
-        dtype = _inner_products.accumulation_dtype(shape.dtype)
-        if tuple(leaf.shape) != tuple(shape.shape) or leaf.dtype != dtype:
-            raise ValueError(
-                f"past.average leaf {_inner_products.path_name(path)}: expected shape "
-                f"{tuple(shape.shape)} of {dtype}, got {tuple(leaf.shape)} of {leaf.dtype}: make "
-                f"it by {remedy}"
-            )
+    _inner_products.check_average(past.average, shapes, "past.average", f"make it by {remedy}")

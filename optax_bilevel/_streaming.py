@@ -9,7 +9,7 @@ computes it for itself, in the time in which it would have waited for it.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,91 @@ from optax_bilevel import _inner_products, _past, _rule
 from optax_bilevel._inner_products import AxisName, Groups, PyTree
 
 LOOPS = ("unroll", "scan")
+
+
+class Stream(NamedTuple):
+    """How mini-batches are gone through; see `bilevel_value_and_grad`.
+
+    Attributes:
+        loss_fn: ``loss_fn(params, batch)``, with auxiliary data or without.
+        has_aux: whether it has.
+        loop: "unroll", "scan", or None for the better of them.
+        chunk_size: how many to differentiate at a time.
+    """
+
+    loss_fn: Callable[..., Any]
+    has_aux: bool
+    loop: str | None
+    chunk_size: int
+
+    def check(self) -> None:
+        """Raises ValueError for an unknown loop and a chunk size out of range."""
+        if self.loop is not None and self.loop not in LOOPS:
+            raise ValueError(f"unknown loop {self.loop!r}; known: None, {', '.join(LOOPS)}")
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be a positive integer, got {self.chunk_size}")
+
+    def check_inputs(self, params: PyTree, batches: PyTree, num_validation: int) -> int:
+        """How many mini-batches lead the leaves of `batches`, or ValueError."""
+        count = _inner_products.leading_axis(batches, num_validation, what="batch")
+        if not jax.tree.leaves(batches) or not jax.tree.leaves(params):
+            raise ValueError("batches and params need at least one leaf each")
+        return count
+
+    def differentiate(self, params: PyTree, batches: PyTree) -> Callable[..., tuple[Any, PyTree]]:
+        """``(start, size, one) -> values and gradients`` of [start, start + size), stacked."""
+        value_and_grad = jax.value_and_grad(_held(self.loss_fn, self.has_aux), has_aux=self.has_aux)
+
+        def differentiate(start: Any, size: int, one: Any) -> tuple[Any, PyTree]:
+            if size > 1:
+                chunk = jax.tree.map(
+                    lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), batches
+                )
+                return jax.vmap(value_and_grad, in_axes=(None, 0, None))(params, chunk, one)
+            batch = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, start, keepdims=False), batches
+            )
+            return jax.tree.map(lambda x: jnp.asarray(x)[None], value_and_grad(params, batch, one))
+
+        return differentiate
+
+    def unrolls(self, params: PyTree, batches: PyTree) -> bool:
+        """Whether there is a copy of the network for every chunk."""
+        return (self.loop or _best_loop(self.loss_fn, params, batches)) == "unroll"
+
+    def add_up(
+        self,
+        function: Callable[[Any, int, Any], tuple[PyTree, Any]],
+        like: PyTree,
+        begin: int,
+        end: int,
+        *,
+        unroll: bool,
+    ) -> tuple[PyTree, list[Any]]:
+        """Adds up the first results of ``function(start, size, one)`` over [begin, end).
+
+        Args:
+            function: of a chunk; its first result is like `like`, leaves of its second lead with
+                the size of the chunk.
+            like: a tree of arrays.
+            begin, end: of the mini-batches, at least one.
+            unroll: as `unrolls` has it.
+
+        Returns:
+            the sum, and a list of the second results.
+        """
+        total, records = None, []
+        if not unroll and (chunks := (end - begin) // self.chunk_size) > 1:
+            # Over indices, not slices: slicing beforehand would copy the batches.
+            total, record = jax.lax.scan(
+                lambda total, start: _add(total, *function(start, self.chunk_size, 1)),
+                jax.tree.map(jnp.zeros_like, like),
+                begin + self.chunk_size * jnp.arange(chunks),
+            )
+            records.append(jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), record))
+            begin += chunks * self.chunk_size
+        total, more = _accumulate(function, total, begin, end, self.chunk_size)
+        return total, records + more
 
 
 def bilevel_value_and_grad(
@@ -119,18 +204,13 @@ def bilevel_value_and_grad(
         "bilevel_value_and_grad", "use bilevel_reweight or bilevel_pmean for it"
     )
     _inner_products.check_groups(groups)
-    if loop is not None and loop not in LOOPS:
-        raise ValueError(f"unknown loop {loop!r}; known: None, {', '.join(LOOPS)}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size}")
-    value_and_grad = jax.value_and_grad(_held(loss_fn, has_aux), has_aux=has_aux)
+    stream = Stream(loss_fn, has_aux, loop, chunk_size)
+    stream.check()
 
     def reweighted(
         params: PyTree, batches: PyTree, past: _past.Past | None = None
     ) -> tuple[Any, ...]:
-        end = _inner_products.leading_axis(batches, rule.held_out, what="batch")
-        if not jax.tree.leaves(batches) or not jax.tree.leaves(params):
-            raise ValueError("batches and params need at least one leaf each")
+        end = stream.check_inputs(params, batches, rule.held_out)
         _past.check(past, params, rule, "init_past(params)")
         has_past = _past.has_past(past)
         grouping = _inner_products.resolve_groups(params, groups)
@@ -139,19 +219,8 @@ def bilevel_value_and_grad(
             # Or shard_map would add up the gradients over the devices, each time.
             params = _inner_products.vary(params, axis_name)
             k, first = _share(own, rule.held_out, axis_name)
-        unroll = (loop or _best_loop(loss_fn, params, batches)) == "unroll"
-
-        def differentiate(start: Any, size: int, one: Any) -> tuple[Any, PyTree]:
-            """Values and gradients of mini-batches [start, start + size), stacked."""
-            if size > 1:
-                chunk = jax.tree.map(
-                    lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), batches
-                )
-                return jax.vmap(value_and_grad, in_axes=(None, 0, None))(params, chunk, one)
-            batch = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, start, keepdims=False), batches
-            )
-            return jax.tree.map(lambda x: jnp.asarray(x)[None], value_and_grad(params, batch, one))
+        unroll = stream.unrolls(params, batches)
+        differentiate = stream.differentiate(params, batches)
 
         def validate(start: Any, size: int, one: Any) -> tuple[PyTree, Any]:
             values, grads = differentiate(start, size, one)
@@ -159,7 +228,7 @@ def bilevel_value_and_grad(
             record = (values, jnp.zeros_like(sq_norms.T), sq_norms.T)
             return _inner_products.validation_gradient(grads, size), record
 
-        def train(start: Any, size: int, one: Any = 1) -> tuple[PyTree, Any]:
+        def train(start: Any, size: int, one: Any) -> tuple[PyTree, Any]:
             values, grads = differentiate(start, size, one)
             dots = _inner_products.dots_with(grads, validation, grouping)
             sq_norms = _inner_products.squared_norms(grads, grouping)
@@ -183,18 +252,7 @@ def bilevel_value_and_grad(
             sums = {"weighted": validation, "plain": validation}
         if axis_name is not None:
             records = []  # the validation mini-batches come again, on the first devices
-        begin = rule.held_out
-        total = None
-        if not unroll and (chunks := (end - begin) // chunk_size) > 1:
-            # Over indices, not slices: slicing beforehand would copy the batches.
-            total, record = jax.lax.scan(
-                lambda total, start: _add(total, *train(start, chunk_size)),
-                jax.tree.map(jnp.zeros_like, sums),
-                begin + chunk_size * jnp.arange(chunks),
-            )
-            records.append(jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), record))
-            begin += chunks * chunk_size
-        total, more = _accumulate(train, total, begin, end, chunk_size)
+        total, more = stream.add_up(train, sums, rule.held_out, end, unroll=unroll)
         values, dots, sq_norms = jax.tree.map(lambda *x: jnp.concatenate(x), *records, *more)
 
         validation_sq_norm = _inner_products.squared_norm(validation, grouping)

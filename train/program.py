@@ -192,7 +192,6 @@ def _build(
     num_examples: int,
 ) -> Program:
     preset = augment.preset(config.augmentation, image_shape, max_value)
-    method = methods.make(config, methods.Task(num_classes, multi_label, steps_per_epoch, layout))
     tx = optimizer(config, steps_per_epoch)
     everywhere = (lambda tree: tree) if layout is None else layout.everywhere
 
@@ -208,6 +207,10 @@ def _build(
             **options,
         )
 
+    parameters = nnx.state(nnx.eval_shape(lambda: create(jax.random.key(0))), nnx.Param)
+    method = methods.make(
+        config, methods.Task(num_classes, multi_label, steps_per_epoch, parameters, layout)
+    )
     abstract = nnx.eval_shape(lambda: method.network(create(jax.random.key(0))))
     graph = nnx.graphdef(abstract)
     how = method.how

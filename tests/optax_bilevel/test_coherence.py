@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import traffic
-from optax_bilevel import coherent_steps, mean_and_coherence
+from optax_bilevel import coherent_steps, coherent_value_and_grad, mean_and_coherence
 from tests.optax_bilevel.problems import (
     assert_close,
     assert_nothing,
@@ -136,6 +136,45 @@ def test_one_mini_batch_per_device(check_vma):
     assert traffic.bytes_moved(text, K) == {"all-reduce": 2 * (K - 1) / K * 4 * numbers}
 
 
+def loss_and_rows(params, batch):
+    return loss(params, batch), batch["x"][:, 0]
+
+
+@pytest.mark.parametrize(
+    ("loop", "chunk_size"), [("scan", 1), ("unroll", 1), ("scan", 3), ("unroll", 3), (None, 20)]
+)
+def test_streaming_gives_what_the_stack_gives(loop, chunk_size):
+    params, batches = params_of(), batches_of(K)
+    batches["x"] = batches["x"].at[5, 0, 0].set(jnp.nan)
+    toward = jax.tree.map(jnp.ones_like, params)
+    grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, batches)
+    options = {"loop": loop, "chunk_size": chunk_size}
+    step = jax.jit(coherent_value_and_grad(loss_and_rows, has_aux=True, **options))
+    (losses, rows), *mean_and_s = step(params, batches, toward)
+    assert_close(tuple(mean_and_s), mean_and_coherence(grads, toward))
+    np.testing.assert_allclose(losses, jax.vmap(loss, (None, 0))(params, batches), rtol=1e-6)
+    np.testing.assert_array_equal(rows, batches["x"][:, :, 0])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("loop", ["scan", "unroll"])
+def test_several_mini_batches_per_device(loop, check_vma):
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    params, batches = params_of(), batches_of(3 * 4)
+    batches["x"] = batches["x"].at[5, 0, 0].set(jnp.nan)
+    toward = jax.tree.map(jnp.ones_like, params)
+    step = coherent_value_and_grad(loss, loop=loop, axis_name="batch")
+    specs = {"in_specs": (P(), P("batch"), P()), "out_specs": (P("batch"), P(), P())}
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, **specs, check_vma=check_vma))
+    losses, *mean_and_s = mapped(params, batches, toward)
+    expected_losses, *expected = coherent_value_and_grad(loss)(params, batches, toward)
+    assert_close(mean_and_s, expected)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
+    text = mapped.lower(params, batches, toward).compile().as_text()
+    numbers = sum(p.size for p in jax.tree.leaves(params)) + 3
+    assert traffic.bytes_moved(text, 4) == {"all-reduce": 2 * 3 / 4 * 4 * numbers}
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_state_on_a_mesh(axis_type):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
@@ -184,6 +223,19 @@ def test_errors():
         coherent_steps(optax.sgd(0.1), margin=-1)
     with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
         coherent_steps(optax.sgd(0.1), warmup_steps=-1)
+    with pytest.raises(ValueError, match="unknown loop 'while'; known: None, unroll, scan"):
+        coherent_value_and_grad(loss, loop="while")
+    with pytest.raises(ValueError, match="chunk_size must be a positive integer, got 0"):
+        coherent_value_and_grad(loss, chunk_size=0)
+    step = coherent_value_and_grad(lambda w, batch: jnp.sum(w["a"] * batch))
+    w = {"a": jnp.zeros(2)}
+    remedy = "take state.direction of coherent_steps"
+    with pytest.raises(ValueError, match=rf"leaf \['a'\]: expected shape \(2,\) .* {remedy}"):
+        step(w, jnp.ones((4, 2)), {"a": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=rf"direction and the gradients .* structure.*{remedy}"):
+        step(w, jnp.ones((4, 2)), jnp.zeros(2))
+    with pytest.raises(ValueError, match="batch leaf .* expected a leading axis of k"):
+        step(w, jnp.ones(()), w)
     tx = coherent_steps(optax.sgd(0.1))
     state = tx.init({"w": jnp.zeros(2)})
     with pytest.raises(ValueError, match="needs the coherence of the step: mean, s ="):

@@ -66,16 +66,19 @@ def test_arms(name, scale):
         )
 
 
-def test_the_laptop_grid_of_figure_3():
+@pytest.mark.parametrize(
+    ("network", "size", "prefix"), [("mlp", 4000, ""), ("cifarnet", 1000, "cifarnet-")]
+)
+def test_the_laptop_grid_of_figure_3(network, size, prefix):
     arms = experiments.load("figure3").arms("laptop")
-    mlp = [arm for arm in arms if arm.config.network == "mlp"]
-    assert len(mlp) == 54
-    assert {arm.x for arm in mlp} == {0, 20, 40, 50, 60, 80}
-    for arm in mlp:
+    grid = [arm for arm in arms if arm.config.network == network]
+    assert len(grid) == 54
+    assert {arm.x for arm in grid} == {0, 20, 40, 50, 60, 80}
+    for arm in grid:
         rate = arm.config.noise_rate if arm.config.noise == "symmetric" else 0
         assert rate == arm.x / 100
-        assert (arm.config.k, arm.config.b, arm.config.train_size) == (8, 8, 4000)
-    (dropout,) = (arm for arm in mlp if arm.label == "noise50-dropout")
+        assert (arm.config.k, arm.config.b, arm.config.train_size) == (8, 8, size)
+    (dropout,) = (arm for arm in grid if arm.label == f"{prefix}noise50-dropout")
     assert (dropout.config.method, dropout.config.dropout_rate) == ("sgd", 0.7)
 
 

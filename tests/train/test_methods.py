@@ -9,12 +9,12 @@ import pytest
 
 from train import mesh, methods
 from train.config import Config
-from train.methods import Aux, Batch, Task, sgd
+from train.methods import Aux, Batch, Task, bilevel, sgd
 
 K, B, CLASSES = 8, 4, 3
 
-TASK = Task(num_classes=CLASSES, multi_label=False, steps_per_epoch=10)
-ON_MESH = TASK._replace(layout=mesh.choose(K, B))
+
+NHWC = ("NHWC", "HWIO", "NHWC")
 
 FORMS = ("streaming", "stacked", "multi_steps", "collective")
 
@@ -51,6 +51,10 @@ def loss_fn(params, batch, criterion=methods.cross_entropy):
 
 
 PARAMS = make_params()
+TASK = Task(num_classes=CLASSES, multi_label=False, steps_per_epoch=10, parameters=PARAMS)
+ON_MESH = TASK._replace(layout=mesh.choose(K, B))
+LARGE = TASK._replace(parameters={"kernel": jax.ShapeDtypeStruct((1024, 513), jnp.float32)})
+CONVOLUTION = TASK._replace(parameters={"kernel": jax.ShapeDtypeStruct((3, 3, 8, 8), jnp.float32)})
 
 
 of_one = jax.jit(lambda batch: jax.grad(lambda p: loss_fn(p, batch)[0])(PARAMS))
@@ -221,8 +225,9 @@ def test_past_is_eq_10_with_the_mean_of_the_step_before(form):
     assert_close(by_name(second.grads), update)
 
 
-def test_coherent_scales_the_step_of_the_mean_gradient():
-    options = {"coherence_gain": 0.5, "coherence_decay": 0.8, "coherence_margin": 0.3}
+@pytest.mark.parametrize("form", ["streaming", "stacked", "collective"])
+def test_coherent_scales_the_step_of_the_mean_gradient(form):
+    options = {"coherence_gain": 0.5, "coherence_decay": 0.8, "coherence_margin": 0.3, "form": form}
     first, second = two_steps(config("coherent", coherence_warmup=0.0, **options))
     grads = gradients(make_batches())
     mean = {name: x.mean(0) for name, x in grads.items()}
@@ -255,7 +260,27 @@ def test_coherent_takes_a_margin_and_a_longer_memory_in_long_runs():
     assert short == state_after_two(1000, coherence_margin=0.0, past_decay=0.97)
     assert all(x != y for x, y in zip(by_itself, short, strict=True))
     long = methods.make(config("coherent", epochs=1000), TASK)
-    assert long.how == "the mean of 8 gradients, steps scaled, margin 1"
+    assert long.how.startswith("the mean of 8 gradients, steps scaled, ")
+    assert long.how.endswith(", margin 1")
+
+
+def test_the_stack_of_convolutions_has_no_grouped_ones():
+    def convolve(params, batch, criterion=None):
+        del criterion
+        kernel = params["kernel"]
+        x = jax.lax.conv_general_dilated(batch.images, kernel, (1, 1), "SAME", None, None, NHWC)
+        return jnp.mean(jnp.square(x)), Aux(jnp.mean(x, axis=(1, 2)), ())
+
+    params = {"kernel": jax.random.normal(jax.random.key(0), (2, 2, 1, 3))}
+    of_all = functools.partial(bilevel.all_gradients, convolve)
+    losses, aux, stack = jax.jit(of_all)(params, make_batches())
+    assert losses.shape == (K,)
+    assert aux.logits.shape == (K, B, 3)
+    expected = jax.vmap(jax.grad(lambda *x: convolve(*x)[0]), (None, 0))(params, make_batches())
+    np.testing.assert_allclose(stack["kernel"], expected["kernel"], rtol=1e-5)
+    program = str(jax.make_jaxpr(of_all)(params, make_batches()))
+    assert "conv_general_dilated" in program
+    assert "group_count=8" not in program
 
 
 def test_bilevel_exact_stacked_and_collective_agree():
@@ -282,19 +307,45 @@ def test_every_method_says_how_it_computes(method):
         == {
             "sgd": "one gradient over all examples of the step",
             "uniform": "weights 1/7, as the gradient of the mean training loss",
-            "bilevel": "streaming form (chosen for this method) on cpu",
-            "bilevel_exact": "stacked form (chosen for this method) on cpu",
-            "bilevel_mixup": "mixup with α = 1, streaming form (chosen for this method) on cpu",
+            "bilevel": "stacked form (chosen) on cpu",
+            "bilevel_exact": "stacked form (chosen) on cpu",
+            "bilevel_mixup": "mixup with α = 1, stacked form (chosen) on cpu",
             "mixup": f"mixup with α = 1, {sgd.HOW}",
             "label_smoothing": f"labels smoothed by 0.1, {sgd.HOW}",
             "bootstrapping": f"hard bootstrapping with β = 0.8, {sgd.HOW}",
             "noise_layer": f"a noise channel that starts from 0.3, {sgd.HOW}",
             "mentornet": f"examples weighed by percentile 75 of the losses, {sgd.HOW}",
             "azadi": f"group norm of the last layer times 10, {sgd.HOW}",
-            "past": "streaming form (chosen for this method) on cpu",
-            "coherent": "the mean of 8 gradients, steps scaled",
+            "past": "stacked form (chosen) on cpu",
+            "coherent": "the mean of 8 gradients, steps scaled, stacked form (chosen) on cpu",
         }[method]
     )
+
+
+@pytest.mark.parametrize("method", ["bilevel", "past", "coherent"])
+def test_small_gradients_are_stacked(method):
+    def form(task, **changes):
+        return methods.make(config(method, **changes), task).how
+
+    assert "stacked form" in form(TASK)
+    assert "streaming form" in form(LARGE)  # 16.03 MiB
+    assert "stacked form" in form(LARGE, k=7)
+    assert "streaming form" in form(CONVOLUTION)
+    assert "stacked form on" in form(CONVOLUTION, form="stacked")
+    assert "stacked form" in methods.make(config("bilevel_exact"), LARGE).how
+
+
+@pytest.mark.parametrize(("gib", "chosen"), [(None, "streaming"), (1, "stacked")])
+def test_on_a_gpu_what_fits_is_stacked(monkeypatch, gib, chosen):
+    class Device:
+        def memory_stats(self):
+            return gib and {"bytes_limit": gib * 2**30}
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    for task in (LARGE, CONVOLUTION):
+        assert f"{chosen} form (chosen) on gpu" in methods.make(config(), task).how
+    assert "streaming form" in methods.make(config(k=64), LARGE).how
 
 
 def test_a_form_that_was_asked_for_is_not_called_chosen():
@@ -302,13 +353,19 @@ def test_a_form_that_was_asked_for_is_not_called_chosen():
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in methods.NAMES if not name.startswith(("bilevel", "past"))]
+    "method",
+    [name for name in methods.NAMES if not name.startswith(("bilevel", "past", "coherent"))],
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_are_for_methods_that_weigh(method, form):
     message = f"method {method} weighs nothing: form {form} is for bilevel methods"
     with pytest.raises(ValueError, match=message):
         config(method, form=form)
+
+
+def test_coherent_steps_have_no_form_of_one_gradient_a_call():
+    with pytest.raises(ValueError, match="multi_steps is not for coherent; known: auto, st"):
+        config("coherent", form="multi_steps")
 
 
 @pytest.mark.parametrize("form", ["streaming", "multi_steps"])

@@ -20,7 +20,7 @@ from train.methods.noise_layer import NoiseLayer
 from train.program import RawBatch
 
 CLASSES = 3
-TASK = Task(num_classes=CLASSES, multi_label=False, steps_per_epoch=10)
+TASK = Task(num_classes=CLASSES, multi_label=False, steps_per_epoch=10, parameters=())
 PARAMS = make_params()
 P64 = jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS)
 

@@ -80,7 +80,7 @@ def _arms(scale: Scale) -> list[Arm]:
                 arm, panel=panel, x=None, home="figure3", paper=paper.get(arm.series, {})
             )
             for arm in figure3.EXPERIMENT.arms("laptop")
-            if arm.x == 40
+            if arm.x == 40 and arm.config.network == "mlp"
         ]
         left_out = [name for name in METHODS if name not in figure3.LAPTOP_METHODS]
         return shared + compare(noisy(LAPTOP, 0.4), left_out, panel, "noise40-", paper=paper)

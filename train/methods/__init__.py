@@ -76,8 +76,12 @@ def check_form(method: str, form: str) -> None:
     """Raises ValueError where a method cannot be computed in a form of the rule."""
     if form == "auto":
         return
-    if not method.startswith("bilevel") and method != "past":
+    if not method.startswith("bilevel") and method not in ("past", "coherent"):
         raise ValueError(f"method {method} weighs nothing: form {form} is for bilevel methods")
+    if method == "coherent" and form == "multi_steps":
+        raise ValueError(
+            "form multi_steps is not for coherent; known: auto, streaming, stacked, collective"
+        )
     if method == "bilevel_exact" and form not in bilevel.EXACT_FORMS:
         raise ValueError(
             f"form {form} sees one gradient at a time, and bilevel_exact (eq. 8) needs all: "

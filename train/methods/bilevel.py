@@ -23,22 +23,63 @@ EXACT_FORMS = ("stacked", "collective")
 
 
 def make(config: Any, task: Task) -> Method:
-    """Eq. (10), streaming unless the config says otherwise: the least memory."""
-    return _make(config, task.layout, "diagonal")
+    """Eq. (10)."""
+    return _make(config, task, "diagonal")
 
 
 def make_exact(config: Any, task: Task) -> Method:
-    """Eq. (8), which needs all gradients: stacked unless the config says otherwise."""
-    return _make(config, task.layout, "exact")
+    """Eq. (8), which needs all gradients."""
+    return _make(config, task, "exact")
 
 
 def make_past(config: Any, task: Task) -> Method:
-    """Eq. (10) validated by the past, streaming unless the config says otherwise."""
+    """Eq. (10) validated by the past."""
     past = {"validation": "past", "decay": config.past_decay}
-    return _make(config, task.layout, "diagonal", **past)
+    return _make(config, task, "diagonal", **past)
 
 
-def _make(config: Any, layout: Layout | None, solver: str, **past: Any) -> Method:
+def choose_form(config: Any, task: Task, solver: str = "diagonal") -> tuple[str, str]:
+    """The form that a config asks for or, where it says auto, the quickest that there is room for.
+
+    Returns:
+        the form, and a line about it.
+
+    Raises:
+        ValueError: for a form that does not go with the devices.
+    """
+    form, layout = config.form, task.layout
+    if form == "auto" and layout is not None:
+        alone = layout.per_device == 1 or solver == "exact"
+        form = "collective" if alone else "streaming"
+    elif form == "auto":
+        form = "stacked" if solver == "exact" or _stack_is_quick(task, config.k) else "streaming"
+    chosen = " (chosen)" if config.form == "auto" else ""
+    how = f"{form} form{chosen} on {jax.default_backend()}"
+    if layout is not None:
+        _check_on_mesh(form, layout, config.k, solver)
+        return form, f"{how}: {layout.describe()}"
+    if form == "collective":
+        raise ValueError(
+            "the collective form puts one mini-batch on each device, and there is one device; "
+            f"take another form, or k = {config.k} devices"
+        )
+    return form, how
+
+
+def _stack_is_quick(task: Task, k: int) -> bool:
+    """Whether k gradients on one device are best taken all at once: docs/benchmarks.md."""
+    size = k * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.parameters))
+    if jax.default_backend() == "cpu":  # where they stay in the caches
+        return size <= 16 * 2**20 and not _convolves(task.parameters)
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return jax.default_backend() == "gpu" and size <= memory.get("bytes_limit", 0) / 8
+
+
+def _convolves(params: PyTree) -> bool:
+    return any(x.ndim > 2 for x in jax.tree.leaves(params))
+
+
+def _make(config: Any, task: Task, solver: str, **past: Any) -> Method:
     options = {
         "lam": config.lam,
         "mu": config.mu,
@@ -49,23 +90,10 @@ def _make(config: Any, layout: Layout | None, solver: str, **past: Any) -> Metho
         "groups": {"all": None, "leaf": "leaf", "layer": models.layer_labels}[config.groups],
         **past,
     }
-    form = config.form
-    if form == "auto" and layout is not None and (layout.per_device == 1 or solver == "exact"):
-        form = "collective"
-    elif form == "auto":
-        form = "streaming" if solver == "diagonal" else "stacked"
-    chosen = " (chosen for this method)" if config.form == "auto" else ""
-    how = f"{form} form{chosen} on {jax.default_backend()}"
+    form, how = choose_form(config, task, solver)
     state: dict[str, Any] = {"init": _init} if past else {}
-    if layout is None:
-        if form == "collective":
-            raise ValueError(
-                "the collective form puts one mini-batch on each device, and there is one device; "
-                f"take another form, or k = {config.k} devices"
-            )
+    if (layout := task.layout) is None:
         return Method(_FORMS[form](config.k, options), how, **state)
-    _check_on_mesh(form, layout, config.k, solver)
-    how = f"{how}: {layout.describe()}"
     if past and form == "collective":  # each device keeps the part of the average that it adds up
         init = functools.partial(_init, num_devices=layout.mesh.size)
         state = {"init": init, "spec": (_ROWS,)}
@@ -254,7 +282,15 @@ def _past_of(rule_state: Any) -> PyTree:
 def all_gradients(loss_fn: LossFn, params: PyTree, batches: Batch) -> tuple[Any, Any, PyTree]:
     """Losses [k], what comes beside them, and gradients of all mini-batches, leaves [k, ...]."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    (losses, aux), stack = jax.vmap(value_and_grad, in_axes=(None, 0))(params, batches)
+    if jax.default_backend() == "cpu" and _convolves(params):
+        # vmap makes their weight gradients grouped convolutions, which are slow there.
+        each = [
+            value_and_grad(params, jax.tree.map(lambda x, i=i: x[i], batches))
+            for i in range(batches.labels.shape[0])
+        ]
+        (losses, aux), stack = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    else:
+        (losses, aux), stack = jax.vmap(value_and_grad, in_axes=(None, 0))(params, batches)
     return losses, aux, stack
 
 

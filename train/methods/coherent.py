@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import optax_bilevel
 from train import mesh
 from train.mesh import Layout
-from train.methods.bilevel import all_gradients, on_each_device
+from train.methods.bilevel import all_gradients, choose_form, on_each_device
 from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
 
 _LONG = 10_000  # steps; from there on those taken by chance add up (docs/past.md)
@@ -33,39 +33,74 @@ def make(config: Any, task: Task) -> Method:
         gain=config.coherence_gain,
         warmup_steps=round(config.coherence_warmup * steps),
     )
-    layout = task.layout
-    # The compiler would send all k gradients of a stack that lies on several devices.
-    if layout is None or layout.per_device > 1:
-        mean_of = _stacked
+    form, how = choose_form(config, task)
+    if task.layout is None:
+        mean_of = _stacked if form == "stacked" else _streaming
     else:
-        mean_of = _collective(layout)
+        mean_of = _FORMS_ON_MESH[form](task.layout)
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: Any) -> Gradient:
         losses, aux, mean, coherence = mean_of(loss_fn, params, batches, state.direction)
         _, state = rule.update(mean, state, params, coherence=coherence)
         return Gradient(losses, aux, mean, None, state, state.step_size)
 
-    how = f"the mean of {config.k} gradients, steps scaled"
+    how = f"the mean of {config.k} gradients, steps scaled, {how}"
     if margin := options.get("margin"):
         how += f", margin {margin:g}"
     note = "with batch norm it learnt too little, or memorised (docs/past.md): see bilevel"
     return Method(gradient, how, init=rule.init, with_batch_norm=note)
 
 
-def _stacked(loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree) -> Any:
+MeanOf = Callable[[LossFn, PyTree, Batch, PyTree], tuple[Any, ...]]
+"""``(loss_fn, params, batches, direction) -> (losses, aux, mean, coherence)``."""
+
+
+def _stacked(loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree) -> tuple[Any, ...]:
     losses, aux, stack = all_gradients(loss_fn, params, batches)
     return losses, aux, *optax_bilevel.mean_and_coherence(stack, direction)
 
 
-def _collective(layout: Layout) -> Callable[..., Any]:
+def _streaming(
+    loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree
+) -> tuple[Any, ...]:
+    step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True)
+    (losses, aux), mean, coherence = step(params, batches, direction)
+    return losses, aux, mean, coherence
+
+
+def _streaming_on_mesh(layout: Layout) -> MeanOf:
+    """Whole mini-batches on each device: a mean, and three scalars."""
+
+    def mean_of(
+        loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree
+    ) -> tuple[Any, ...]:
+        step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True, axis_name=mesh.ALL)
+        mapped = jax.shard_map(
+            step,
+            mesh=layout.mesh,
+            in_specs=(P(), P(mesh.ALL), P()),
+            out_specs=(P(mesh.ALL), P(), P()),
+        )
+        (losses, aux), mean, coherence = mapped(params, batches, direction)
+        return losses, aux, mean, coherence
+
+    return mean_of
+
+
+def _collective(layout: Layout) -> MeanOf:
     """One mini-batch on each device, or a part of one: a mean, and three scalars."""
 
     def combine(grads: PyTree, direction: PyTree) -> tuple[Any, ...]:
         grads = jax.lax.pmean(grads, mesh.EXAMPLE)
         return optax_bilevel.mean_and_coherence(grads, direction, axis_name=mesh.BATCH)
 
-    def mean_of(loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree) -> Any:
+    def mean_of(
+        loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree
+    ) -> tuple[Any, ...]:
         mapped = on_each_device(layout, loss_fn, combine, (P(),), (P(), P()))
         return mapped(params, batches, direction)
 
     return mean_of
+
+
+_FORMS_ON_MESH = {"streaming": _streaming_on_mesh, "collective": _collective}

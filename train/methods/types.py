@@ -37,6 +37,7 @@ class Task(NamedTuple):
         num_classes: of the labels.
         multi_label: whether an example can have several labels.
         steps_per_epoch: number of steps.
+        parameters: the network's, arrays or abstract ones.
         layout: how the mini-batches lie on a mesh of devices; None on one device. The arrays that
             a method gets lie so; what it does not map itself the compiler maps.
     """
@@ -44,6 +45,7 @@ class Task(NamedTuple):
     num_classes: int
     multi_label: bool
     steps_per_epoch: int
+    parameters: PyTree
     layout: Layout | None = None
 
 
