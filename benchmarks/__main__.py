@@ -67,6 +67,7 @@ def _steps(options: Benchmarks, console: Console) -> Figures:
     figures: Figures = {
         "steps": {},
         "streaming_vs_accumulate": {},
+        "coherent_vs_accumulate": {},
         "stacked_vs_accumulate": {},
         "big_vs_accumulate": {},
     }
@@ -77,6 +78,7 @@ def _steps(options: Benchmarks, console: Console) -> Figures:
         ratios = {candidate: timing.seconds / base for candidate, timing in timings.items()}
         figures["steps"][name] = {c: timing._asdict() for c, timing in timings.items()}
         figures["streaming_vs_accumulate"][name] = ratios["streaming"]
+        figures["coherent_vs_accumulate"][name] = ratios["coherent"]
         figures["stacked_vs_accumulate"][name] = min(ratios["stacked"], ratios["stacked_unrolled"])
         figures["big_vs_accumulate"][name] = ratios["big_batch"]
     return figures

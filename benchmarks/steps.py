@@ -99,6 +99,16 @@ def candidates(loss_fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
         return finish(params, rule.update(stack, rule.init(params), params)[0])
 
+    coherent_optimizer = optax_bilevel.coherent_steps(optimizer)
+
+    def coherent(params: PyTree, batches: PyTree) -> PyTree:
+        # Parameters for a direction: that of a fresh state is zeros, which XLA knows.
+        state = coherent_optimizer.init(params)._replace(direction=params)
+        step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True)
+        _, mean, coherence = step(params, batches, state.direction)
+        updates, state = coherent_optimizer.update(mean, state, params, coherence=coherence)
+        return optax.apply_updates(params, updates), state.direction
+
     return {
         "accumulate": accumulate,
         "big_batch": big_batch,
@@ -106,6 +116,7 @@ def candidates(loss_fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         "streaming_by_4": streaming_by_4,
         "stacked": stacked,
         "stacked_unrolled": stacked_unrolled,
+        "coherent": coherent,
     }
 
 

@@ -329,13 +329,17 @@ def _build(
 
 
 def _shardings(layout: Layout, state: State, spec: PyTree) -> State:
-    """Where the state is kept: the optimizer's follows the parameters, the method says its own."""
-    specs = jax.tree.broadcast(spec, state.method, is_leaf=lambda x: isinstance(x, P))
+    """Where the state is kept: like the parameters, but where the method says otherwise."""
+    if spec is None:
+        method = layout.parameter_shardings(state.method)
+    else:
+        specs = jax.tree.broadcast(spec, state.method, is_leaf=lambda x: isinstance(x, P))
+        method = jax.tree.map(lambda s: NamedSharding(layout.mesh, s), specs)
     shardings = jax.tree.map(lambda _: layout.replicated, state)
     return shardings._replace(
         params=layout.parameter_shardings(state.params),
         opt_state=layout.parameter_shardings(state.opt_state),
-        method=jax.tree.map(lambda s: NamedSharding(layout.mesh, s), specs),
+        method=method,
     )
 
 

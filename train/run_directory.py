@@ -87,6 +87,9 @@ class RunDirectory:
             # A field that came with a later version has its default in the older run.
             found = {**Config().to_json(), **found}
             differ = [name for name in wanted if found[name] != wanted[name]]
+            if differ == ["data_dir"] and self.config.dataset != "folder":  # the data have moved
+                write_json(file, wanted)
+                return
             if differ:
                 name = differ[0]
                 raise RunDirectoryError(

@@ -68,6 +68,18 @@ def test_another_config_is_refused_by_the_field_and_nothing_is_written(tmp_path)
         pass
 
 
+def test_data_that_have_moved_are_the_same_data_unless_their_folder_names_them(tmp_path):
+    for data_dir in ("here", "there"):
+        with RunDirectory(tmp_path / "run", Config(dataset="mnist", data_dir=data_dir)):
+            pass
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data_dir"] == "there"
+    with RunDirectory(tmp_path / "folder", Config(dataset="folder", data_dir="here")):
+        pass
+    other = RunDirectory(tmp_path / "folder", Config(dataset="folder", data_dir="there"))
+    with pytest.raises(RunDirectoryError, match="data_dir is 'here' there and 'there' here"), other:
+        pass
+
+
 def test_widths_compare_equal_after_json(tmp_path):
     for _ in range(2):
         with RunDirectory(tmp_path, Config(hidden=(3, 4))):

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 
 import models
 from train.mesh import Layout
@@ -116,9 +115,6 @@ GradientFn = Callable[[LossFn, PyTree, Batch, PyTree], Gradient]
 """``(loss_fn, params, batches, state) -> Gradient``, a pure function; see `Method`."""
 
 
-_EVERYWHERE = P()
-
-
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A method, made for a run.
@@ -130,7 +126,7 @@ class Method:
         init: ``params -> state``; what a method without a state of its own leaves out. The state
             is a part of the checkpoint.
         spec: where the state lies on a mesh, PartitionSpecs in its structure or a prefix of it; by
-            default all of it on every device.
+            default where parameters of its shapes would lie.
         network: wraps the network, for a method that trains parameters of its own; they are the
             optimizer's like the others. Evaluation sees the wrapper in evaluation mode.
         with_batch_norm: what is to be said where the network has batch norm.
@@ -139,6 +135,6 @@ class Method:
     gradient: GradientFn
     how: str
     init: Callable[[PyTree], PyTree] = lambda params: ()
-    spec: PyTree = _EVERYWHERE
+    spec: PyTree | None = None
     network: Callable[[models.Network], models.Network] = lambda network: network
     with_batch_norm: str | None = None
