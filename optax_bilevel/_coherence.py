@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_bilevel import _inner_products, _rule, _streaming
+from optax_bilevel import _inner_products, _rule
 from optax_bilevel._inner_products import AxisName, PyTree
+from optax_bilevel._stream import Stream
 
 
 class CoherentStepsState(NamedTuple):
@@ -119,8 +120,8 @@ def coherent_value_and_grad(
 
     Raises:
         ValueError: at construction for an unknown loop or a chunk size out of range; at trace time
-            for leaves of `batches` that do not share their leading axis, and for a direction that
-            is not like `params`.
+            for leaves of `batches` that do not share their leading axis, for no leaves at all, and
+            for a direction that is not like `params`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, optax_bilevel
@@ -135,8 +136,7 @@ def coherent_value_and_grad(
         >>> losses.shape, updates.shape
         ((4,), (3,))
     """
-    stream = _streaming.Stream(loss_fn, has_aux, loop, chunk_size)
-    stream.check()
+    stream = Stream(loss_fn, has_aux, loop, chunk_size)
 
     def coherent(params: PyTree, batches: PyTree, direction: PyTree) -> tuple[Any, ...]:
         count = stream.check_inputs(params, batches, 0)
@@ -156,7 +156,10 @@ def coherent_value_and_grad(
             return total, (values, dots.T, sq_norms.T)
 
         unroll = stream.unrolls(params, batches)
-        total, records = stream.add_up(compare, direction, 0, count, unroll=unroll)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros_like(x, dtype=_inner_products.accumulation_dtype(x.dtype)), params
+        )
+        total, records = stream.add_up(compare, zeros, 0, count, unroll=unroll)
         values, dots, sq_norms = jax.tree.map(lambda *x: jnp.concatenate(x), *records)
         return values, *_mean_and_coherence(total, dots.T, sq_norms.T, params, axis_name)
 
@@ -185,13 +188,17 @@ def _mean_and_coherence(
         jnp.sum(jnp.abs(cosines)),
         jnp.sum(_rule.finite(sq_norms)).astype(cosines.dtype),
     )
+    k = dots.shape[-1]
     if axis_name is not None:
-        total = jax.tree.map(lambda x, g: x.astype(g.dtype), total, like)
+        k *= jax.lax.axis_size(axis_name)
+        # Narrow types travel as such; divided first, for their sum could overflow.
+        total = jax.tree.map(lambda x, g: (x / k).astype(g.dtype), total, like)
         total, sums = jax.lax.psum((total, sums), axis_name)
+    else:
+        total = jax.tree.map(lambda x: x / k, total)
     signed, absolute, count = sums
-    mean = jax.tree.map(
-        lambda x, g: (x / jnp.maximum(count, 1).astype(x.dtype)).astype(g.dtype), total, like
-    )
+    rest = k / jnp.maximum(count, 1)  # 1 but where a mini-batch was left out
+    mean = jax.tree.map(lambda x, g: _inner_products.scaled(x, rest).astype(g.dtype), total, like)
     return mean, jnp.where(absolute > 0, signed / jnp.where(absolute > 0, absolute, 1), 0)
 
 

@@ -96,9 +96,10 @@ def leading_axis(
             )
     held_out = static_int(num_validation)
     if expected is not None and held_out is not None and expected <= held_out:
+        beside = f" with num_validation = {held_out}" if held_out else ""
         raise ValueError(
-            f"k = {expected} mini-batches with num_validation = {held_out} leave none to train on: "
-            f"k must be at least {held_out + 1}"
+            f"k = {expected} mini-batches{beside} leave none to train on: k must be at least "
+            f"{held_out + 1}"
         )
     return expected or 0
 

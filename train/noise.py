@@ -121,10 +121,12 @@ def from_file(path: str | pathlib.Path, labels: np.ndarray, num_classes: int) ->
 
 
 def save(path: str | pathlib.Path, given: np.ndarray, true: np.ndarray) -> None:
-    """Writes ``noise.npz``: the arrays `given` and `true`, ``int32 [n]`` each."""
+    """Writes ``noise.npz``, all or nothing: the arrays `given` and `true`, ``int32 [n]`` each."""
     given, true = np.asarray(given, np.int32), np.asarray(true, np.int32)
-    with open(path, "wb") as file:  # a path given to np.savez gains a suffix
+    unfinished = pathlib.Path(f"{path}.tmp")
+    with open(unfinished, "wb") as file:  # a path given to np.savez gains a suffix
         np.savez_compressed(file, given=_matching(given, true), true=true)
+    unfinished.replace(path)
 
 
 def load(path: str | pathlib.Path) -> tuple[np.ndarray, np.ndarray]:

@@ -87,9 +87,10 @@ class RunDirectory:
             # A field that came with a later version has its default in the older run.
             found = {**Config().to_json(), **found}
             differ = [name for name in wanted if found[name] != wanted[name]]
-            if differ == ["data_dir"] and self.config.dataset != "folder":  # the data have moved
-                write_json(file, wanted)
-                return
+            if "data_dir" in differ and self.config.dataset != "folder":  # the data have moved
+                differ.remove("data_dir")
+                if not differ:
+                    write_json(file, wanted)
             if differ:
                 name = differ[0]
                 raise RunDirectoryError(

@@ -20,7 +20,7 @@ from train.checkpoints import Checkpoints
 from train.config import Config, ConfigError
 from train.mesh import Layout
 from train.program import Program, RawBatch, State, build
-from train.run_directory import RunDirectory, write_json
+from train.run_directory import RunDirectory, RunDirectoryError, write_json
 
 EVALUATED_TRAINING_EXAMPLES = 5000
 _EVALUATION_BATCH = 500
@@ -230,7 +230,7 @@ def train(
         problem = problem or load_problem(config)
         program = build_program(config, problem, layout_of(config, options))
         if not problem.dataset.multi_label and run.writes:
-            noise.save(directory / "noise.npz", problem.dataset.train.labels, problem.true)
+            _keep_labels(directory / "noise.npz", problem)
         with (
             Checkpoints(directory / "checkpoints", options.keep) as checkpoints,
             _stop_signals() as asked_to_stop,
@@ -325,6 +325,18 @@ def _iterator(batches: Any) -> Generator[Any]:
     yield from batches
 
 
+def _keep_labels(file: pathlib.Path, problem: Problem) -> None:
+    """Writes the labels of a run that starts; one that goes on must have those that it had."""
+    labels = problem.dataset.train.labels, problem.true
+    if not file.exists():
+        noise.save(file, *labels)
+    elif not all(map(np.array_equal, noise.load(file), labels)):
+        raise RunDirectoryError(
+            f"the training labels are not those that the run began with, in {file}: give "
+            "--data-dir the place of its own data, or take another folder"
+        )
+
+
 def advance(
     program: Program, problem: Problem, batches: Iterator[Any], state: State, key: jax.Array
 ) -> tuple[State, float]:
@@ -334,12 +346,13 @@ def advance(
     waited = time.monotonic() - before
     if program.layout is None:
         labels, true = problem.dataset.train.labels[indices], problem.true[indices]
-        raw = jax.device_put(RawBatch(images, labels, true, indices))
+        # NumPy's arrays: the call takes them in less time than jax.device_put would.
+        raw = RawBatch(images, labels, true, indices)
     else:
         own = indices[program.layout.part(indices.shape)]
         labels, true = problem.dataset.train.labels[own], problem.true[own]
         raw = program.layout.place(RawBatch(images, labels, true, own), indices.shape)
-    with jax.transfer_guard("disallow"):
+    with jax.transfer_guard_device_to_host("disallow"):
         return program.step(state, raw, key), waited
 
 

@@ -175,6 +175,51 @@ def test_several_mini_batches_per_device(loop, check_vma):
     assert traffic.bytes_moved(text, 4) == {"all-reduce": 2 * 3 / 4 * 4 * numbers}
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.complex64])
+def test_narrow_types_do_not_overflow_on_devices(dtype):
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    w, toward = jnp.zeros(3, dtype), jnp.ones(3, np.promote_types(dtype, np.float32))
+
+    def linear(w, batch):  # whose gradient is the batch
+        return jnp.real(jnp.vdot(batch.conj(), w)).astype(jnp.float32)
+
+    batches = jnp.full((16, 3), 1e4, dtype).at[3].set(jnp.nan)
+    step = coherent_value_and_grad(linear, axis_name="batch")
+    specs = {"in_specs": (P(), P("batch"), P()), "out_specs": (P("batch"), P(), P())}
+    _, mean, s = jax.jit(jax.shard_map(step, mesh=mesh, **specs))(w, batches, toward)
+    assert mean.dtype == dtype
+    np.testing.assert_allclose(np.asarray(mean, np.complex64), 1e4, rtol=1e-2)
+    np.testing.assert_allclose(s, 1, rtol=1e-3)
+    grads = jnp.full((8, 3), 3e4, dtype)
+
+    def on_device(g):
+        return mean_and_coherence(g[0], toward, axis_name="batch")
+
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": P("batch"), "out_specs": P(), "check_vma": False}
+    mean, _ = jax.jit(jax.shard_map(on_device, mesh=mesh, **specs))(grads)
+    np.testing.assert_allclose(np.asarray(mean, np.complex64), 3e4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("loop", ["scan", "unroll"])
+def test_streaming_on_an_explicit_mesh(loop):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    data = np.random.default_rng(0).normal(size=(3, 5, 8)).astype(np.float32)
+
+    def loss(w, batch):
+        return jnp.mean((batch @ w) ** 2)
+
+    step = jax.jit(coherent_value_and_grad(loss, loop=loop))
+    expected = step(jnp.ones(8), data, jnp.ones(8))
+    with jax.set_mesh(mesh):
+        w = jax.device_put(np.ones(8, np.float32), NamedSharding(mesh, P("y")))
+        for spec in (P("y"), P()):
+            direction = jax.device_put(np.ones(8, np.float32), NamedSharding(mesh, spec))
+            _, mean, s = step(w, jax.device_put(data, NamedSharding(mesh, P())), direction)
+            assert mean.sharding.is_equivalent_to(w.sharding, 1)
+            assert_close((mean, s), expected[1:])
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_state_on_a_mesh(axis_type):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)

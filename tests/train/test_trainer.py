@@ -416,6 +416,17 @@ def test_a_subset_is_the_same_for_all_seeds():
     assert all((everything == image).all((1, 2, 3)).any() for image in images[0])
 
 
+def test_a_run_goes_on_with_its_own_labels_alone(tmp_path):
+    run(PLAIN, tmp_path)
+    (tmp_path / "result.json").unlink()
+    given, true = noise.load(tmp_path / "noise.npz")
+    noise.save(tmp_path / "noise.npz", (given + 1) % 10, true)
+    with pytest.raises(RunDirectoryError, match="labels are not those that the run began with, in"):
+        run(PLAIN, tmp_path)
+    noise.save(tmp_path / "noise.npz", given, true)
+    run(PLAIN, tmp_path)
+
+
 def test_the_side_of_images_is_a_choice(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split / "a").mkdir(parents=True)

@@ -39,7 +39,7 @@ def make_past(config: Any, task: Task) -> Method:
 
 
 def choose_form(config: Any, task: Task, solver: str = "diagonal") -> tuple[str, str]:
-    """The form that a config asks for or, where it says auto, the quickest that there is room for.
+    """The form that a config asks for or, where it says auto, the quickest for its network.
 
     Returns:
         the form, and a line about it.
@@ -68,11 +68,11 @@ def choose_form(config: Any, task: Task, solver: str = "diagonal") -> tuple[str,
 
 def _stack_is_quick(task: Task, k: int) -> bool:
     """Whether k gradients on one device are best taken all at once: docs/benchmarks.md."""
-    size = k * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.parameters))
-    if jax.default_backend() == "cpu":  # where they stay in the caches
-        return size <= 16 * 2**20 and not _convolves(task.parameters)
-    memory = jax.local_devices()[0].memory_stats() or {}
-    return jax.default_backend() == "gpu" and size <= memory.get("bytes_limit", 0) / 8
+    mib = k * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.parameters)) / 2**20
+    if jax.default_backend() == "cpu":  # which has them in its caches
+        return mib <= 16 and not _convolves(task.parameters)
+    # One mini-batch of such a network does not fill a GPU.
+    return jax.default_backend() == "gpu" and mib <= 64
 
 
 def _convolves(params: PyTree) -> bool:
@@ -286,7 +286,7 @@ def all_gradients(loss_fn: LossFn, params: PyTree, batches: Batch) -> tuple[Any,
         # vmap makes their weight gradients grouped convolutions, which are slow there.
         each = [
             value_and_grad(params, jax.tree.map(lambda x, i=i: x[i], batches))
-            for i in range(batches.labels.shape[0])
+            for i in range(batches.images.shape[0])
         ]
         (losses, aux), stack = jax.tree.map(lambda *x: jnp.stack(x), *each)
     else:

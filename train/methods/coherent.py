@@ -44,9 +44,8 @@ def make(config: Any, task: Task) -> Method:
         _, state = rule.update(mean, state, params, coherence=coherence)
         return Gradient(losses, aux, mean, None, state, state.step_size)
 
-    how = f"the mean of {config.k} gradients, steps scaled, {how}"
-    if margin := options.get("margin"):
-        how += f", margin {margin:g}"
+    margin = f", margin {options['margin']:g}" if options.get("margin") else ""
+    how = f"the mean of {config.k} gradients, steps scaled{margin}, {how}"
     note = "with batch norm it learnt too little, or memorised (docs/past.md): see bilevel"
     return Method(gradient, how, init=rule.init, with_batch_norm=note)
 
