@@ -103,7 +103,8 @@ def candidates(loss_fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
     def coherent(params: PyTree, batches: PyTree) -> PyTree:
         # Parameters for a direction: that of a fresh state is zeros, which XLA knows.
-        state = coherent_optimizer.init(params)._replace(direction=params)
+        state: Any = coherent_optimizer.init(params)
+        state = state._replace(direction=params)
         step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True)
         _, mean, coherence = step(params, batches, state.direction)
         updates, state = coherent_optimizer.update(mean, state, params, coherence=coherence)
