@@ -175,6 +175,19 @@ def test_several_mini_batches_per_device(loop, check_vma):
     assert traffic.bytes_moved(text, 4) == {"all-reduce": 2 * 3 / 4 * 4 * numbers}
 
 
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+def test_pmap():
+    params, batches = params_of(), batches_of(2 * K)
+    toward = jax.tree.map(jnp.ones_like, params)
+    own = jax.tree.map(lambda x: x.reshape(K, 2, *x.shape[1:]), batches)
+    step = coherent_value_and_grad(loss, axis_name="batch")
+    losses, *mean_and_s = jax.pmap(step, "batch", in_axes=(None, 0, None))(params, own, toward)
+    expected_losses, *expected = coherent_value_and_grad(loss)(params, batches, toward)
+    for device in range(K):
+        assert_close(jax.tree.map(lambda x, i=device: x[i], mean_and_s), expected)
+    np.testing.assert_allclose(losses.reshape(-1), expected_losses, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.complex64])
 def test_narrow_types_do_not_overflow_on_devices(dtype):
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
