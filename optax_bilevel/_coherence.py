@@ -156,9 +156,7 @@ def coherent_value_and_grad(
             return total, (values, dots.T, sq_norms.T)
 
         unroll = stream.unrolls(params, batches)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros_like(x, dtype=_inner_products.accumulation_dtype(x.dtype)), params
-        )
+        zeros = _inner_products.wide_zeros(params)
         total, records = stream.add_up(compare, zeros, 0, count, unroll=unroll)
         values, dots, sq_norms = jax.tree.map(lambda *x: jnp.concatenate(x), *records)
         return values, *_mean_and_coherence(total, dots.T, sq_norms.T, params, axis_name)
@@ -276,17 +274,13 @@ def coherent_steps(
 
     def init_fn(params: PyTree) -> Any:
         _inner_products.check_masked(params, allow_masked=False)
-
-        def zeros(x: Any) -> jax.Array:
-            return jnp.zeros_like(x, dtype=_inner_products.accumulation_dtype(x.dtype))
-
         count, step_size = jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
         return CoherentStepsState(
             _inner_products.replicate_like(count, params),
             _inner_products.replicate_like(jnp.zeros_like(step_size), params),
             _inner_products.replicate_like(jnp.zeros_like(step_size), params),
             _inner_products.replicate_like(step_size, params),
-            jax.tree.map(zeros, params),
+            _inner_products.wide_zeros(params),
             inner.init(params),
         )
 

@@ -287,6 +287,11 @@ def products_dtype(tree: PyTree) -> Any:
     return jnp.finfo(widest).dtype
 
 
+def wide_zeros(tree: PyTree) -> PyTree:
+    """Zeros like a tree of arrays, their sharding included, in the accumulation dtypes."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=accumulation_dtype(x.dtype)), tree)
+
+
 def zeros_of(x: Any) -> jax.Array:
     """Zeros like an abstract value, its sharding included."""
     sharding = getattr(x, "sharding", None)

@@ -101,11 +101,6 @@ def bilevel_multi_steps(
         )
     inner = optax.with_extra_args_support(opt)
 
-    def zeros(tree: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda x: jnp.zeros_like(x, dtype=_inner_products.accumulation_dtype(x.dtype)), tree
-        )
-
     def init_fn(params: PyTree) -> Any:
         _inner_products.check_masked(params, allow_masked=False)
         grouping = _inner_products.resolve_groups(params, groups)
@@ -125,8 +120,8 @@ def bilevel_multi_steps(
         scalars = {name: _inner_products.replicate_like(x, params) for name, x in scalars.items()}
         return BilevelMultiStepsState(
             inner_state=inner.init(params),
-            validation=zeros(params),
-            total=zeros(params),
+            validation=_inner_products.wide_zeros(params),
+            total=_inner_products.wide_zeros(params),
             past=_past.init_past(params) if rule.from_past else None,
             **scalars,
         )

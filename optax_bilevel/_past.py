@@ -49,17 +49,16 @@ def init_past(params: PyTree, *, num_devices: int | None = None) -> Past:
         >>> optax_bilevel.init_past({"w": jnp.ones((3, 5))}, num_devices=8).average["w"].shape
         (8, 2)
     """
-
-    def zeros(x: Any) -> jax.Array:
-        dtype = _inner_products.accumulation_dtype(x.dtype)
-        if num_devices is None:
-            return jnp.zeros_like(x, dtype=dtype)
-        return jnp.zeros((num_devices, math.ceil(x.size / num_devices)), dtype)
-
     weight = jnp.zeros((), _inner_products.products_dtype(params))
     if num_devices is None:
         weight = _inner_products.replicate_like(weight, params)
-    return Past(jax.tree.map(zeros, params), weight)
+        return Past(_inner_products.wide_zeros(params), weight)
+
+    def rows(x: Any) -> jax.Array:
+        dtype = _inner_products.accumulation_dtype(x.dtype)
+        return jnp.zeros((num_devices, math.ceil(x.size / num_devices)), dtype)
+
+    return Past(jax.tree.map(rows, params), weight)
 
 
 def has_past(past: Past | None) -> jax.Array | None:

@@ -207,11 +207,12 @@ def _build(
             **options,
         )
 
-    parameters = nnx.state(nnx.eval_shape(lambda: create(jax.random.key(0))), nnx.Param)
+    network = nnx.eval_shape(lambda: create(jax.random.key(0)))
+    parameters = nnx.state(network, nnx.Param)
     method = methods.make(
         config, methods.Task(num_classes, multi_label, steps_per_epoch, parameters, layout)
     )
-    abstract = nnx.eval_shape(lambda: method.network(create(jax.random.key(0))))
+    abstract = nnx.eval_shape(method.network, network)
     graph = nnx.graphdef(abstract)
     how = method.how
     if method.with_batch_norm and jax.tree.leaves(nnx.state(abstract, nnx.BatchStat)):

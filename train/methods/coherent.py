@@ -34,13 +34,10 @@ def make(config: Any, task: Task) -> Method:
         warmup_steps=round(config.coherence_warmup * steps),
     )
     form, how = choose_form(config, task)
-    if task.layout is None:
-        mean_of = _stacked if form == "stacked" else _streaming
-    else:
-        mean_of = _FORMS_ON_MESH[form](task.layout)
+    mean_of = _FORMS[form] if task.layout is None else _FORMS_ON_MESH[form](task.layout)
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: Any) -> Gradient:
-        losses, aux, mean, coherence = mean_of(loss_fn, params, batches, state.direction)
+        (losses, aux), mean, coherence = mean_of(loss_fn, params, batches, state.direction)
         _, state = rule.update(mean, state, params, coherence=coherence)
         return Gradient(losses, aux, mean, None, state, state.step_size)
 
@@ -51,20 +48,19 @@ def make(config: Any, task: Task) -> Method:
 
 
 MeanOf = Callable[[LossFn, PyTree, Batch, PyTree], tuple[Any, ...]]
-"""``(loss_fn, params, batches, direction) -> (losses, aux, mean, coherence)``."""
+"""``(loss_fn, params, batches, direction) -> ((losses, aux), mean, coherence)``."""
 
 
 def _stacked(loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree) -> tuple[Any, ...]:
     losses, aux, stack = all_gradients(loss_fn, params, batches)
-    return losses, aux, *optax_bilevel.mean_and_coherence(stack, direction)
+    return (losses, aux), *optax_bilevel.mean_and_coherence(stack, direction)
 
 
 def _streaming(
     loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree
 ) -> tuple[Any, ...]:
     step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True)
-    (losses, aux), mean, coherence = step(params, batches, direction)
-    return losses, aux, mean, coherence
+    return step(params, batches, direction)
 
 
 def _streaming_on_mesh(layout: Layout) -> MeanOf:
@@ -80,8 +76,7 @@ def _streaming_on_mesh(layout: Layout) -> MeanOf:
             in_specs=(P(), P(mesh.ALL), P()),
             out_specs=(P(mesh.ALL), P(), P()),
         )
-        (losses, aux), mean, coherence = mapped(params, batches, direction)
-        return losses, aux, mean, coherence
+        return mapped(params, batches, direction)
 
     return mean_of
 
@@ -97,9 +92,11 @@ def _collective(layout: Layout) -> MeanOf:
         loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree
     ) -> tuple[Any, ...]:
         mapped = on_each_device(layout, loss_fn, combine, (P(),), (P(), P()))
-        return mapped(params, batches, direction)
+        losses, aux, *mean_and_coherence = mapped(params, batches, direction)
+        return (losses, aux), *mean_and_coherence
 
     return mean_of
 
 
+_FORMS = {"streaming": _streaming, "stacked": _stacked}
 _FORMS_ON_MESH = {"streaming": _streaming_on_mesh, "collective": _collective}
