@@ -167,7 +167,10 @@ def _report(args: list[str], console: Console) -> None:
         out: Annotated[pathlib.Path, Help(help="the folder to write")] = pathlib.Path("report")
         docs: Annotated[
             pathlib.Path | None,
-            Help(help="write summary.json, tables and figures here too, for the documentation"),
+            Help(
+                help="write summary.json, tables and figures here too, for the documentation; arms "
+                "that are in its summary.json and not in the runs stay"
+            ),
         ] = None
 
     chosen = tyro.cli(Report, args=args, prog="python -m train report")

@@ -168,7 +168,7 @@ def draw_rows(title: str, rows: dict[str, Any], curves: Runs, same_data: bool) -
     Args:
         title: of the panel.
         rows: series -> row of a report.
-        curves: series -> seeds -> lines of metrics.
+        curves: series -> seeds -> lines of metrics; a series may have none.
         same_data: whether the paper's numbers are of the same data and networks; if not, they
             have an axis of their own beside ours.
     """
@@ -191,7 +191,8 @@ def draw_rows(title: str, rows: dict[str, Any], curves: Runs, same_data: bool) -
                 row["test_last_mean"], place, xerr=row["test_last_std"], fmt="o", ms=5, color=color
             )
             ours.plot(row["test_best_mean"], place, "o", ms=5, mfc="none", color=color)
-            _curve(test, series, curves[series], "test", color)
+            if curves[series]:
+                _curve(test, series, curves[series], "test", color)
         ours.set_yticks(range(len(rows)), [style(series)[0] for series in rows])
         marks = "test, %: last ●, best epoch ○"
         if printed:

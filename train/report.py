@@ -7,8 +7,7 @@ import json
 import pathlib
 import re
 import shlex
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -31,10 +30,10 @@ class Row:
     Attributes:
         arm: the arm.
         figures: means and deviations over seeds, as `runner.summarize` gives them, the sample
-            visits, and the share of wrong given labels, %.
-        curves: lines of metrics of each seed.
+            visits, the share of wrong given labels, %, and the best epoch.
+        curves: lines of metrics of each seed; none where the runs are not at hand.
         command: trains the arm with these seeds.
-        run_command: trains the first of its runs by itself.
+        run_command: trains the first of its runs by itself; empty likewise.
     """
 
     arm: Arm
@@ -92,8 +91,15 @@ class Section:
 # ------------------------------------------------------------------------------- reading
 
 
-def read(paths: Iterable[pathlib.Path]) -> list[Section]:
+def read(
+    paths: Iterable[pathlib.Path], committed: Mapping[str, Any] | None = None
+) -> list[Section]:
     """Reads experiments' folders, run directories, and folders of such.
+
+    Args:
+        paths: of these.
+        committed: what `summary` gave before; it stands in for arms of experiments that have no
+            finished run in the paths.
 
     Raises:
         ConfigError: if a path is not there, or if no run in them is finished.
@@ -105,12 +111,15 @@ def read(paths: Iterable[pathlib.Path]) -> list[Section]:
         if not path.is_dir():
             raise ConfigError(f"there is no folder {path} to report on")
         _look(path, folders, runs)
-    sections = [section for folder in folders if (section := _experiment(folder)).rows]
     order = [f"{name}-{scale}" for name in experiments.NAMES for scale in SCALES]
+    if committed:
+        folders += [runner.ROOT / key for key in set(order) - {folder.name for folder in folders}]
+    every = [_experiment(folder, committed or {}) for folder in folders]
+    sections = [section for section in every if section.rows]
     sections.sort(key=lambda section: order.index(section.key))
     others = _others(runs)
     sections += [others] if others.rows else []
-    if not sections:
+    if not any(row.curves for section in sections for row in section.rows):
         raise ConfigError(f"no finished run in {', '.join(map(str, paths))}")
     return sections
 
@@ -127,7 +136,7 @@ def _look(folder: pathlib.Path, folders: list[pathlib.Path], runs: list[pathlib.
                 _look(child, folders, runs)
 
 
-def _experiment(folder: pathlib.Path) -> Section:
+def _experiment(folder: pathlib.Path, committed: Mapping[str, Any]) -> Section:
     name, _, scale = folder.name.rpartition("-")
     experiment = experiments.load(name)
     assert scale in SCALES
@@ -138,6 +147,8 @@ def _experiment(folder: pathlib.Path) -> Section:
         if finished:
             seeds = tuple(finished)
             rows.append(_row(arm, finished, choice.command(arm, seeds), choice.directory))
+        elif figures := committed.get(_summary_key(folder.name, arm)):
+            rows.append(Row(arm, figures, [], figures["command"], ""))
         else:
             missing.append(arm.label)
     return Section(
@@ -149,9 +160,16 @@ def _row(arm: Arm, finished: dict[int, Outcome], command: str, directory: Any) -
     figures = runner.summarize(finished)
     figures["visits"] = figures["steps"] * arm.config.k * arm.config.b
     first = directory(arm, next(iter(finished)))
-    wrong = [_wrong_labels(directory(arm, seed)) for seed in finished]
-    figures |= arm_loop.over_seeds([{"wrong_labels": share} for share in wrong], ["wrong_labels"])
-    return Row(arm, figures, [lines for _, lines in finished.values()], command, _command(first))
+    curves = [lines for _, lines in finished.values()]
+    more = [
+        {
+            "wrong_labels": _wrong_labels(directory(arm, seed)),
+            "best_epoch": max(lines, key=lambda line: line["test"])["epoch"],
+        }
+        for seed, lines in zip(finished, curves, strict=True)
+    ]
+    figures |= arm_loop.over_seeds(more, more[0])
+    return Row(arm, figures, curves, command, _command(first))
 
 
 def _wrong_labels(run: pathlib.Path) -> float:
@@ -200,7 +218,8 @@ def write(paths: Sequence[pathlib.Path], out: pathlib.Path, docs: pathlib.Path |
         paths: as for `read`.
         out: the folder; made if need be.
         docs: where else to write ``summary.json``, ``tables.md`` and the figures, for the
-            documentation; data folders are left out of what goes there.
+            documentation; data folders are left out of what goes there. Arms in the
+            ``summary.json`` of before that have no finished run in the paths stay as they are.
 
     Returns:
         The number of arms.
@@ -215,16 +234,28 @@ def write(paths: Sequence[pathlib.Path], out: pathlib.Path, docs: pathlib.Path |
         for name, figure in _figures(section):
             for suffix in ("png", "svg"):
                 plots.save(figure, out / "figures" / f"{name}.{suffix}")
-            if docs is not None:
-                plots.save(figure, docs / "figures" / f"{name}.png")
             inline.setdefault(section.key, []).append(plots.inline_svg(figure, name))
             plt.close(figure)
     (out / "index.html").write_text(_page(sections, inline))
     (out / "report.md").write_text(markdown(sections))
     if docs is not None:
-        write_json(docs / "summary.json", summary(sections))
-        (docs / "tables.md").write_text(markdown(sections))
+        _write_docs(paths, docs)
     return sum(len(section.rows) for section in sections)
+
+
+def _write_docs(paths: Sequence[pathlib.Path], docs: pathlib.Path) -> None:
+    file = docs / "summary.json"
+    sections = read(paths, json.loads(file.read_text()) if file.exists() else None)
+    for section in sections:
+        for name, figure in _figures(section):
+            plots.save(figure, docs / "figures" / f"{name}.png")
+            plt.close(figure)
+    write_json(file, summary(sections))
+    (docs / "tables.md").write_text(markdown(sections))
+
+
+def _summary_key(section: str, arm: Arm) -> str:
+    return f"{section.removesuffix('-laptop')}/{arm.label}"
 
 
 def summary(sections: list[Section]) -> dict[str, Any]:
@@ -233,7 +264,7 @@ def summary(sections: list[Section]) -> dict[str, Any]:
     The key of an experiment at scale paper begins with EXPERIMENT-paper.
     """
     return {
-        f"{section.key.removesuffix('-laptop')}/{row.arm.label}": {
+        _summary_key(section.key, row.arm): {
             **row.figures,
             **({"paper": dict(row.arm.paper)} if row.arm.paper else {}),
             "command": row.command,
@@ -244,7 +275,10 @@ def summary(sections: list[Section]) -> dict[str, Any]:
 
 
 def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
+    """Those of panels with runs at hand, by name."""
     for number, (panel, rows) in enumerate(section.panels().items(), 1):
+        if not any(row.curves for row in rows):
+            continue
         drawn = [{**row.figures, "x": row.arm.x, "paper": row.arm.paper} for row in rows]
         if panel.x is not None and len({row.arm.x for row in rows}) > 1:
             curves: dict[str, list[Any]] = {}
@@ -274,7 +308,6 @@ def _cells(row: Row) -> dict[str, str]:
     figures, paper = row.figures, row.arm.paper
     with_deviation = functools.partial(_with_deviation, row)
 
-    best = [max(lines, key=lambda line: line["test"])["epoch"] for lines in row.curves]
     memory = figures.get("memory_mb_mean")
     clean = row.arm.config.noise == "none" and row.arm.after is None
     return {
@@ -282,7 +315,7 @@ def _cells(row: Row) -> dict[str, str]:
         "test, last": with_deviation("test_last"),
         "paper: test": f"{paper['test']:.1f}" if "test" in paper else "",
         "test, best": with_deviation("test_best"),
-        "at epoch": f"{statistics.fmean(best):.0f}",
+        "at epoch": f"{figures['best_epoch_mean']:.0f}",
         "wrong labels": f"{wrong:.1f}" if (wrong := figures["wrong_labels_mean"]) else "",
         "train, given": with_deviation("train_noisy"),
         "paper: train": f"{paper['train']:.1f}" if "train" in paper else "",

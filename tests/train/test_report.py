@@ -5,6 +5,7 @@ import html
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -211,6 +212,29 @@ def test_what_goes_into_the_documentation(done):
     tables = (done / "docs" / "tables.md").read_text()
     for link in re.findall(r"!\[[^]]*\]\(([^)]*)\)", tables):
         assert (done / "docs" / link).exists()
+
+
+@pytest.mark.slow
+def test_arms_whose_runs_are_elsewhere_stay_in_the_documentation(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "load", lambda name: EXPERIMENT)
+    docs, arm = tmp_path / "docs", "table1-laptop/noisy-bilevel-s0"
+    shutil.copytree(done / "docs", docs)
+    shutil.copytree(done / "runs" / arm, tmp_path / "runs" / arm)
+    before, after = (docs / "figures" / f"table1-laptop-{n}.png" for n in (2, 1))
+    kept, redrawn = before.read_bytes(), after.read_bytes()
+    report.write([tmp_path / "runs"], tmp_path / "out", docs)
+    old, new = (json.loads((at / "summary.json").read_text()) for at in (done / "docs", docs))
+    del old["runs/single"]  # of no experiment: nothing says where it belongs
+    assert list(new) == list(old)
+    assert {key for key in new if new[key] != old[key]} == {"table1/noisy-bilevel"}
+    assert new["table1/noisy-bilevel"]["seeds"] == [0]
+    tables = [rows((at / "tables.md").read_text()) for at in (done / "docs", docs)]
+    assert tables[0].pop("single")
+    assert {arm for arm in tables[1] if tables[1][arm] != tables[0][arm]} == {"noisy-bilevel"}
+    assert (before.read_bytes() == kept, after.read_bytes() == redrawn) == (True, False)
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "noisy-bilevel" in page
+    assert "noisy-uniform" not in page
 
 
 @pytest.mark.parametrize(
