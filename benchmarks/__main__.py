@@ -149,14 +149,17 @@ _PARTS: dict[str, Callable[[Benchmarks, Console], Figures]] = {
 
 
 def _machine() -> dict[str, Any]:
-    """What the figures depend on: code, versions, devices, processor."""
+    """What the figures depend on: code, versions, devices, processor, memory allocation."""
     processor = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        names = [value.strip() for name, _, value in lines if name.strip() == "model name"]
-        processor = names[0] if names else processor
-    return {**environment(), "processor": processor, "cores": os.cpu_count()}
+        core = {name.strip(): value.strip() for name, _, value in lines}
+        if "model name" in core:  # on virtual machines it may name a brand and no generation
+            processor = core["model name"]
+            processor += f" (family {core.get('cpu family')}, model {core.get('model')})"
+    tunables = os.environ.get("GLIBC_TUNABLES", "")  # of the C library's memory allocation
+    return {**environment(), "processor": processor, "cores": os.cpu_count(), "tunables": tunables}
 
 
 def _earlier(file: pathlib.Path, machine: dict[str, Any]) -> Figures:

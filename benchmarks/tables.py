@@ -31,7 +31,10 @@ def steps(summary: Summary) -> str:
         base = timings["accumulate"]["seconds"]
         processor = timings["accumulate"].get("processor_seconds")
         text += f"\n`{case}`, a training step:\n\n" + _table(
-            ("", "ms", "of accumulation", "processor", "compile, s", "first, ms", "temporary, MB"),
+            (
+                *("", "ms", "of accumulation", "processor", "page faults"),
+                *("compile, s", "first, ms", "temporary, MB"),
+            ),
             (
                 (
                     name.replace("_", " "),
@@ -39,6 +42,7 @@ def steps(summary: Summary) -> str:
                     f"{t['seconds'] / base:.2f}",
                     # Of accumulation's, too; older figures lack it.
                     f"{t['processor_seconds'] / processor:.2f}" if processor else "",
+                    f"{t['page_faults']:,}" if "page_faults" in t else "",
                     f"{t['compile_seconds']:.1f}",
                     f"{1e3 * t['first_seconds']:.1f}",
                     f"{t['temp_bytes'] / 1e6:.1f}",
@@ -203,9 +207,11 @@ def machine(summary: Summary) -> str:
     """One line on where the figures come from."""
     of = summary["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in of["packages"].items())
+    tunables = of.get("tunables", "")
     return (
         f"{of['cores']} cores of {of['processor']}, devices {', '.join(of['devices'])}, "
-        f"Python {of['python']}, {packages}, revision {of['revision']}, {of['time'][:10]}.\n"
+        f"Python {of['python']}, {packages}, revision {of['revision']}, {of['time'][:10]}"
+        f"{tunables and f', GLIBC_TUNABLES={tunables}'}.\n"
     )
 
 
