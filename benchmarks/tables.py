@@ -32,8 +32,14 @@ def steps(summary: Summary) -> str:
         processor = timings["accumulate"].get("processor_seconds")
         text += f"\n`{case}`, a training step:\n\n" + _table(
             (
-                *("", "ms", "of accumulation", "processor", "page faults"),
-                *("compile, s", "first, ms", "temporary, MB"),
+                "",
+                "ms",
+                "of accumulation",
+                "processor",
+                "page faults",
+                "compile, s",
+                "first, ms",
+                "temporary, MB",
             ),
             (
                 (

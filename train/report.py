@@ -7,7 +7,7 @@ import json
 import pathlib
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -30,7 +30,7 @@ class Row:
     Attributes:
         arm: the arm.
         figures: means and deviations over seeds, as `runner.summarize` gives them, the sample
-            visits, the share of wrong given labels, %, and the best epoch.
+            visits, and the share of wrong given labels, %.
         curves: lines of metrics of each seed; none where the runs are not at hand.
         command: trains the arm with these seeds.
         run_command: trains the first of its runs by itself; empty likewise.
@@ -91,15 +91,8 @@ class Section:
 # ------------------------------------------------------------------------------- reading
 
 
-def read(
-    paths: Iterable[pathlib.Path], committed: Mapping[str, Any] | None = None
-) -> list[Section]:
+def read(paths: Iterable[pathlib.Path]) -> list[Section]:
     """Reads experiments' folders, run directories, and folders of such.
-
-    Args:
-        paths: of these.
-        committed: what `summary` gave before; it stands in for arms of experiments that have no
-            finished run in the paths.
 
     Raises:
         ConfigError: if a path is not there, or if no run in them is finished.
@@ -111,15 +104,12 @@ def read(
         if not path.is_dir():
             raise ConfigError(f"there is no folder {path} to report on")
         _look(path, folders, runs)
-    order = [f"{name}-{scale}" for name in experiments.NAMES for scale in SCALES]
-    if committed:
-        folders += [runner.ROOT / key for key in set(order) - {folder.name for folder in folders}]
-    every = [_experiment(folder, committed or {}) for folder in folders]
-    sections = [section for section in every if section.rows]
+    sections = [section for folder in folders if (section := _experiment(folder)).rows]
+    order = _keys()
     sections.sort(key=lambda section: order.index(section.key))
     others = _others(runs)
     sections += [others] if others.rows else []
-    if not any(row.curves for section in sections for row in section.rows):
+    if not sections:
         raise ConfigError(f"no finished run in {', '.join(map(str, paths))}")
     return sections
 
@@ -136,40 +126,66 @@ def _look(folder: pathlib.Path, folders: list[pathlib.Path], runs: list[pathlib.
                 _look(child, folders, runs)
 
 
-def _experiment(folder: pathlib.Path, committed: Mapping[str, Any]) -> Section:
-    name, _, scale = folder.name.rpartition("-")
-    experiment = experiments.load(name)
+def _keys() -> list[str]:
+    """Those of all experiments' sections, in order."""
+    return [f"{name}-{scale}" for name in experiments.NAMES for scale in SCALES]
+
+
+def _choice(key: str, root: pathlib.Path = runner.ROOT) -> runner.Choice:
+    name, _, scale = key.rpartition("-")
     assert scale in SCALES
-    choice = runner.Choice(experiment, scale, root=folder.parent)
-    rows, missing = [], []
-    for arm in choice.arms():
+    return runner.Choice(experiments.load(name), scale, root=root)
+
+
+def _experiment(folder: pathlib.Path) -> Section:
+    choice = _choice(folder.name, folder.parent)
+
+    def row(arm: Arm) -> Row | None:
         finished = runner.outcomes(choice, arm)
-        if finished:
-            seeds = tuple(finished)
-            rows.append(_row(arm, finished, choice.command(arm, seeds), choice.directory))
-        elif figures := committed.get(_summary_key(folder.name, arm)):
-            rows.append(Row(arm, figures, [], figures["command"], ""))
-        else:
-            missing.append(arm.label)
+        if not finished:
+            return None
+        return _row(arm, finished, choice.command(arm, tuple(finished)), choice.directory)
+
+    return _section(folder.name, choice, row)
+
+
+def _section(key: str, choice: runner.Choice, row: Callable[[Arm], Row | None]) -> Section:
+    rows = {arm.label: row(arm) for arm in choice.arms()}
     return Section(
-        folder.name, f"{experiment.title} ({scale})", experiment.doc or "", rows, missing
+        key,
+        f"{choice.experiment.title} ({choice.scale})",
+        choice.experiment.doc or "",
+        [row for row in rows.values() if row is not None],
+        [label for label, row in rows.items() if row is None],
     )
+
+
+def _completed(sections: list[Section], committed: Mapping[str, Any]) -> list[Section]:
+    """The sections, with what `summary` gave before of arms that have no finished run in them."""
+    found = {
+        _summary_key(section.key, row.arm): row for section in sections for row in section.rows
+    }
+
+    def row(key: str, arm: Arm) -> Row | None:
+        name = _summary_key(key, arm)
+        if name in found:
+            return found[name]
+        figures = committed.get(name)
+        return figures and Row(arm, figures, [], figures["command"], "")
+
+    every = [_section(key, _choice(key), functools.partial(row, key)) for key in _keys()]
+    return [section for section in every if section.rows] + [
+        section for section in sections if section.key == _OTHERS
+    ]
 
 
 def _row(arm: Arm, finished: dict[int, Outcome], command: str, directory: Any) -> Row:
     figures = runner.summarize(finished)
     figures["visits"] = figures["steps"] * arm.config.k * arm.config.b
     first = directory(arm, next(iter(finished)))
-    curves = [lines for _, lines in finished.values()]
-    more = [
-        {
-            "wrong_labels": _wrong_labels(directory(arm, seed)),
-            "best_epoch": max(lines, key=lambda line: line["test"])["epoch"],
-        }
-        for seed, lines in zip(finished, curves, strict=True)
-    ]
-    figures |= arm_loop.over_seeds(more, more[0])
-    return Row(arm, figures, curves, command, _command(first))
+    wrong = [_wrong_labels(directory(arm, seed)) for seed in finished]
+    figures |= arm_loop.over_seeds([{"wrong_labels": share} for share in wrong], ["wrong_labels"])
+    return Row(arm, figures, [lines for _, lines in finished.values()], command, _command(first))
 
 
 def _wrong_labels(run: pathlib.Path) -> float:
@@ -182,6 +198,9 @@ def _command(run: pathlib.Path) -> str:
     config = Config.from_json(json.loads((run / "config.json").read_text()))
     words = ["python", "-m", "train", "run", *config.flags(), "--out", str(run)]
     return shlex.join(words)
+
+
+_OTHERS = "runs"
 
 
 def _others(runs: list[pathlib.Path]) -> Section:
@@ -205,7 +224,7 @@ def _others(runs: list[pathlib.Path]) -> Section:
         finished = {of.seed: outcome for _, of, outcome in group}
         folders = {of.seed: run for run, of, _ in group}
         rows.append(_row(arm, finished, _command(first), lambda _, seed, of=folders: of[seed]))
-    return Section("runs", "Other runs", "", rows, [])
+    return Section(_OTHERS, "Other runs", "", rows, [])
 
 
 # ------------------------------------------------------------------------------- writing
@@ -239,13 +258,14 @@ def write(paths: Sequence[pathlib.Path], out: pathlib.Path, docs: pathlib.Path |
     (out / "index.html").write_text(_page(sections, inline))
     (out / "report.md").write_text(markdown(sections))
     if docs is not None:
-        _write_docs(paths, docs)
+        _write_docs(sections, docs)
     return sum(len(section.rows) for section in sections)
 
 
-def _write_docs(paths: Sequence[pathlib.Path], docs: pathlib.Path) -> None:
+def _write_docs(sections: list[Section], docs: pathlib.Path) -> None:
     file = docs / "summary.json"
-    sections = read(paths, json.loads(file.read_text()) if file.exists() else None)
+    if file.exists():
+        sections = _completed(sections, json.loads(file.read_text()))
     for section in sections:
         for name, figure in _figures(section):
             plots.save(figure, docs / "figures" / f"{name}.png")

@@ -182,7 +182,15 @@ def outcomes(choice: Choice, arm: Arm) -> dict[int, Outcome]:
 def summarize(finished: dict[int, Outcome]) -> dict[str, Any]:
     """Means and sample standard deviations over seeds."""
     results = [result for result, _ in finished.values()]
-    names = ("test_last", "test_best", "train_noisy", "train_clean", "seconds", "memory_mb")
+    names = (
+        "test_last",
+        "test_best",
+        "best_epoch",
+        "train_noisy",
+        "train_clean",
+        "seconds",
+        "memory_mb",
+    )
     row = arm_loop.over_seeds(results, names)
     return {**row, "steps": results[0]["steps"], "seeds": list(finished)}
 
