@@ -80,6 +80,10 @@ def candidates(loss_fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         return finish(params, total)
 
     def streaming(params: PyTree, batches: PyTree) -> PyTree:
+        step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True, chunk_size=None)
+        return finish(params, step(params, batches)[1])
+
+    def streaming_by_1(params: PyTree, batches: PyTree) -> PyTree:
         step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True)
         return finish(params, step(params, batches)[1])
 
@@ -105,7 +109,7 @@ def candidates(loss_fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         # Parameters for a direction: that of a fresh state is zeros, which XLA knows.
         state: Any = coherent_optimizer.init(params)
         state = state._replace(direction=params)
-        step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True)
+        step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True, chunk_size=None)
         _, mean, coherence = step(params, batches, state.direction)
         updates, state = coherent_optimizer.update(mean, state, params, coherence=coherence)
         return optax.apply_updates(params, updates), state.direction
@@ -114,6 +118,7 @@ def candidates(loss_fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         "accumulate": accumulate,
         "big_batch": big_batch,
         "streaming": streaming,
+        "streaming_by_1": streaming_by_1,
         "streaming_by_4": streaming_by_4,
         "stacked": stacked,
         "stacked_unrolled": stacked_unrolled,

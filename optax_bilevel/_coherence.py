@@ -94,7 +94,7 @@ def coherent_value_and_grad(
     *,
     has_aux: bool = False,
     loop: str | None = None,
-    chunk_size: int = 1,
+    chunk_size: int | None = 1,
     axis_name: AxisName | None = None,
 ) -> Callable[..., tuple[Any, PyTree, jax.Array]]:
     """Like `jax.value_and_grad`, over k mini-batches, giving their mean gradient and coherence.
@@ -146,18 +146,17 @@ def coherent_value_and_grad(
         if axis_name is not None:
             # Or shard_map would add up the gradients over the devices, each time.
             params, direction = _inner_products.vary((params, direction), axis_name)
-        differentiate = stream.differentiate(params, batches)
+        chunks = stream.over(params, batches)
 
         def compare(start: Any, size: int, one: Any) -> tuple[PyTree, Any]:
-            values, grads = differentiate(start, size, one)
+            values, grads = chunks.differentiate(start, size, one)
             dots = _inner_products.dots_with(grads, direction, grouping)
             sq_norms = _inner_products.squared_norms(grads, grouping)
             total = _inner_products.finite_sum(grads, sq_norms, grouping)
             return total, (values, dots.T, sq_norms.T)
 
-        unroll = stream.unrolls(params, batches)
         zeros = _inner_products.wide_zeros(params)
-        total, records = stream.add_up(compare, zeros, 0, count, unroll=unroll)
+        total, records = chunks.add_up(compare, zeros, 0, count)
         values, dots, sq_norms = jax.tree.map(lambda *x: jnp.concatenate(x), *records)
         return values, *_mean_and_coherence(total, dots.T, sq_norms.T, params, axis_name)
 

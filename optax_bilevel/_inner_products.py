@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_bilevel import _rule
+from optax_bilevel._factors import Factored
 
 PyTree = Any
 Groups = None | str | PyTree | Callable[[PyTree], PyTree]
@@ -303,6 +304,11 @@ def _explicit_mesh(x: jax.Array) -> Any:
     return mesh if AxisType.Explicit in mesh.axis_types else None
 
 
+def is_explicit(tree: PyTree) -> bool:
+    """Whether a leaf lives on a mesh with Explicit axes."""
+    return any(_explicit_mesh(x) is not None for x in jax.tree.leaves(tree))
+
+
 def _replicated(mesh: Any, ndim: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * ndim))
 
@@ -380,6 +386,44 @@ def _square_sums(stack: jax.Array) -> jax.Array:
     return _replicate(jnp.sum(squares, axis=tuple(range(1, stack.ndim))))
 
 
+# ------------------------------------------------- products of gradients that are products, XᵀΔ
+
+
+def _matmul(subscripts: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
+def _wide(g: Factored) -> tuple[jax.Array, jax.Array]:
+    """X [k, c, m] and Δ [k, c, n] in the accumulation dtype."""
+    dtype = accumulation_dtype(g.dtype)
+    return g.left.astype(dtype), g.right.astype(dtype)
+
+
+def _factored_square_sums(g: Factored) -> jax.Array:
+    """|XᵀΔ|² = Σ (X Xᵀ) ∘ (Δ Δᵀ) of every mini-batch, [k] (Goodfellow 2015, arXiv:1510.01799)."""
+    left, right = (_matmul("kcm,kdm->kcd", x, x) for x in _wide(g))
+    return jnp.maximum(jnp.sum(left * right, axis=(1, 2)), 0)
+
+
+def _factored_dots(g: Factored, v: jax.Array) -> jax.Array:
+    """⟨v, XᵀΔ⟩ = Σ (X v) ∘ Δ of every mini-batch with v [*shape]: [k]."""
+    left, right = _wide(g)
+    return jnp.sum(_matmul("kcm,mn->kcn", left, g.as_matrix(v).astype(left.dtype)) * right, (1, 2))
+
+
+def _factored_dots_among(g: Factored, count: int) -> jax.Array:
+    """⟨Σ_{j<count} X_jᵀΔ_j, XᵀΔ⟩ of every mini-batch: [k]."""
+    left, right = (_matmul("jcm,kdm->kjcd", x[:count], x) for x in _wide(g))
+    return jnp.sum(left * right, axis=(1, 2, 3))
+
+
+def _factored_sum(g: Factored, omega: jax.Array) -> jax.Array:
+    """Σ_i ω_i X_iᵀΔ_i, [*shape], one product as on the whole batch; ω [k], 0 leaves out."""
+    left, right = (jnp.where(omega[:, None, None] == 0, 0, x) for x in _wide(g))
+    total = jnp.einsum("kcm,kcn->mn", omega[:, None, None] * left, right, precision=g.precision)
+    return g.from_matrix(total)
+
+
 # ---------------------------------------------------------------- mapped axes (shard_map, pmap)
 
 
@@ -432,8 +476,10 @@ def validation_gradient(grads: PyTree, num_validation: Any) -> PyTree:
     """Σ_{j∈V} g_j over the first slots of a stack, in the accumulation dtype; leaves [*shape]."""
     static = static_int(num_validation)
 
-    def leaf_sum(g: jax.Array) -> jax.Array:
+    def leaf_sum(g: jax.Array | Factored) -> jax.Array:
         dtype = accumulation_dtype(g.dtype)
+        if isinstance(g, Factored):
+            return _factored_sum(g, (jnp.arange(g.count) < num_validation).astype(dtype))
         if static is not None and not _has_explicit_leading_axis(g):
             return jnp.sum(g[:static].astype(dtype), axis=0) if static > 1 else g[0].astype(dtype)
         # A sharded or traced number of slots cannot be sliced: sum under a mask.
@@ -455,12 +501,20 @@ def dots_with(grads: PyTree, validation: PyTree, grouping: Grouping) -> jax.Arra
         [groups, k], float32 or wider.
     """
     pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(validation), strict=True)
-    return _sum_by_group([_contract(g, v, tuple(range(v.ndim))) for g, v in pairs], grouping)
+    products = [
+        _factored_dots(g, v) if isinstance(g, Factored) else _contract(g, v, tuple(range(v.ndim)))
+        for g, v in pairs
+    ]
+    return _sum_by_group(products, grouping)
 
 
 def squared_norms(grads: PyTree, grouping: Grouping) -> jax.Array:
     """|g_i|² of every mini-batch gradient: [groups, k], float32 or wider."""
-    return _sum_by_group([_square_sums(g) for g in jax.tree.leaves(grads)], grouping)
+    leaves = jax.tree.leaves(grads)
+    products = [
+        _factored_square_sums(g) if isinstance(g, Factored) else _square_sums(g) for g in leaves
+    ]
+    return _sum_by_group(products, grouping)
 
 
 def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
@@ -530,7 +584,8 @@ def stack_products(
     """All inner products that the rule needs of a stack of k gradients.
 
     Args:
-        grads: leaves [k, *shape], at least one leaf.
+        grads: leaves [k, *shape], at least one leaf; `Factored` only with slots for validation,
+            an int of them, and without the Gram matrix.
         grouping: the group of every leaf.
         num_validation: the first slots that form V; an int, or traced.
         with_gram: compute the whole Gram matrix (eq. 8) and read the others off it.
@@ -546,9 +601,16 @@ def stack_products(
         dots = _contract(g, v, tuple(range(v.ndim)))
         return dots, _square_sums(g), _square_sums(v[None]), *gram
 
+    def factored(g: Factored) -> tuple[jax.Array, ...]:
+        dots = _factored_dots_among(g, num_validation)
+        return dots, _factored_square_sums(g), jnp.maximum(jnp.sum(dots[:num_validation]), 0)[None]
+
     stacks = jax.tree.leaves(grads)
     pasts = [(p[None],) for p in jax.tree.leaves(past)] if past is not None else [()] * len(stacks)
-    parts = [_by_chunks(products, g, *p) for g, p in zip(stacks, pasts, strict=True)]
+    parts = [
+        factored(g) if isinstance(g, Factored) else _by_chunks(products, g, *p)
+        for g, p in zip(stacks, pasts, strict=True)
+    ]
     sums = [_sum_by_group(list(part), grouping) for part in zip(*parts, strict=True)]
     if not all_in_gram:
         dots, sq_norms, validation_sq_norm, *gram = sums
@@ -588,7 +650,9 @@ def weighted_sum(grads: PyTree, weights: jax.Array, grouping: Grouping) -> PyTre
             jnp.add, (reduce(g[i : i + 1], omega[i : i + 1]) for i in range(g.shape[0]))
         )
 
-    def leaf_sum(g: jax.Array, omega: jax.Array) -> jax.Array:
+    def leaf_sum(g: jax.Array | Factored, omega: jax.Array) -> jax.Array:
+        if isinstance(g, Factored):
+            return _factored_sum(g, omega.astype(accumulation_dtype(g.dtype)))
         g = _unshared(g, omega)
         if g.shape[0] == 1 or _has_explicit_leading_axis(g):
             return reduce(g, omega)

@@ -1,4 +1,4 @@
-"""Mini-batches one after the other: gradients that are added up and let go."""
+"""Mini-batches one after the other, or some at a time: gradients that are added up and let go."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_bilevel import _inner_products
+from optax_bilevel import _factors, _inner_products
 from optax_bilevel._inner_products import PyTree
 
 LOOPS = ("unroll", "scan")
+_SMALL = 1 << 20  # entries: 4 MiB in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Stream:
         loss_fn: ``loss_fn(params, batch)``, with auxiliary data or without.
         has_aux: whether it has.
         loop: "unroll", "scan", or None for the better of them.
-        chunk_size: how many to differentiate at a time.
+        chunk_size: how many to differentiate at a time; None for as many as take no more memory.
 
     Raises:
         ValueError: for an unknown loop and a chunk size out of range.
@@ -30,14 +31,17 @@ class Stream:
     loss_fn: Callable[..., Any]
     has_aux: bool
     loop: str | None
-    chunk_size: int
+    chunk_size: int | None
 
     def __post_init__(self) -> None:
         """Checks what it can."""
         if self.loop is not None and self.loop not in LOOPS:
             raise ValueError(f"unknown loop {self.loop!r}; known: None, {', '.join(LOOPS)}")
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be a positive integer, got {self.chunk_size}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(
+                f"chunk_size must be a positive integer, got {self.chunk_size}; or None, which "
+                "takes as many as fit"
+            )
 
     def check_inputs(self, params: PyTree, batches: PyTree, num_validation: int) -> int:
         """How many mini-batches lead the leaves of `batches`, or ValueError."""
@@ -46,26 +50,73 @@ class Stream:
             raise ValueError("batches and params need at least one leaf each")
         return count
 
-    def differentiate(self, params: PyTree, batches: PyTree) -> Callable[..., tuple[Any, PyTree]]:
-        """``(start, size, one) -> values and gradients`` of [start, start + size), stacked."""
+    def over(self, params: PyTree, batches: PyTree) -> "Chunks":
+        """With what was left open decided for these parameters and mini-batches."""
         value_and_grad = jax.value_and_grad(_held(self.loss_fn, self.has_aux), has_aux=self.has_aux)
+        unroll, size, apart = self.loop == "unroll", self.chunk_size, False
+        if self.loop is None or size is None:
+            # In a loop, or vectorised, XLA runs convolutions several times slower there.
+            slow = jax.default_backend() == "cpu" and _convolves(self.loss_fn, params, batches)
+            unroll = unroll or (self.loop is None and slow)
+            if size is None:
+                count = self.check_inputs(params, batches, 0)
+                size, apart = _fitting(value_and_grad, params, batches, count), slow
+                if apart and size < count:
+                    size = 1
+        return Chunks(value_and_grad, params, batches, unroll, size, apart)
 
-        def differentiate(start: Any, size: int, one: Any) -> tuple[Any, PyTree]:
-            if size > 1:
-                chunk = jax.tree.map(
-                    lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), batches
-                )
-                return jax.vmap(value_and_grad, in_axes=(None, 0, None))(params, chunk, one)
-            batch = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, start, keepdims=False), batches
-            )
-            return jax.tree.map(lambda x: jnp.asarray(x)[None], value_and_grad(params, batch, one))
 
-        return differentiate
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """The gradients of mini-batches, so many at a time.
 
-    def unrolls(self, params: PyTree, batches: PyTree) -> bool:
-        """Whether there is a copy of the network for every chunk."""
-        return (self.loop or _best_loop(self.loss_fn, params, batches)) == "unroll"
+    Attributes:
+        value_and_grad: ``(params, batch, one)``, of one mini-batch.
+        params: of the network.
+        batches: leaves [k, ...].
+        unroll: whether there is a copy of the network for every chunk.
+        size: how many mini-batches are differentiated at a time.
+        apart: whether each by itself, and not vectorised.
+    """
+
+    value_and_grad: Callable[..., tuple[Any, PyTree]]
+    params: PyTree
+    batches: PyTree
+    unroll: bool
+    size: int
+    apart: bool
+
+    def differentiate(self, start: Any, size: int, one: Any = 1) -> tuple[Any, PyTree]:
+        """Values and gradients of [start, start + size): stacks, or `Factored` if size > 1."""
+        if size == 1:
+            result = self.value_and_grad(self.params, self._batch(start), one)
+            return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
+        if self.apart:
+            return self._one_by_one(start, size, one)
+        chunk = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), self.batches)
+        stacked = jax.vmap(self.value_and_grad, in_axes=(None, 0, None))
+        if _inner_products.is_explicit((self.params, chunk)):
+            return stacked(self.params, chunk, one)  # a product would have to say its sharding
+        return _factors.evaluate(stacked, self.params, chunk, one)
+
+    def _one_by_one(self, start: Any, size: int, one: Any) -> tuple[Any, PyTree]:
+        """As `differentiate`; a mini-batch starts when the last but one is done.
+
+        Two at a time keep all cores busy; XLA would start all of them, and hold what each needs.
+        """
+        results: list[Any] = []
+        done: list[Any] = [0, 0]
+        for i in range(size):
+            batch = self._batch(start + i + done[i])
+            result = _factors.evaluate(self.value_and_grad, self.params, batch, one, stacked=False)
+            results.append(result)
+            done.append(_zero_after(_factors.arrays(result[1])))
+        return jax.tree.map(lambda *x: _factors.concatenate(x), *results)
+
+    def _batch(self, index: Any) -> PyTree:
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), self.batches
+        )
 
     def add_up(
         self,
@@ -74,7 +125,7 @@ class Stream:
         begin: int,
         end: int,
         *,
-        unroll: bool,
+        unroll: bool | None = None,
     ) -> tuple[PyTree, list[Any]]:
         """Adds up the first results of ``function(start, size, one)`` over [begin, end).
 
@@ -84,31 +135,47 @@ class Stream:
             like: a tree of arrays, of the shapes, dtypes and shardings of the sum; not needed
                 where all is unrolled.
             begin, end: of the mini-batches, at least one.
-            unroll: as `unrolls` has it.
+            unroll: in place of the attribute.
 
         Returns:
             the sum, and a list of the second results.
         """
         total, records = None, []
-        if not unroll and (chunks := (end - begin) // self.chunk_size) > 1:
+        unroll = self.unroll if unroll is None else unroll
+        if not unroll and (chunks := (end - begin) // self.size) > 1:
             # Over indices, not slices: slicing beforehand would copy the batches.
             total, record = jax.lax.scan(
-                lambda total, start: _add(total, *function(start, self.chunk_size, 1)),
+                lambda total, start: _add(total, *function(start, self.size, 1)),
                 jax.tree.map(jnp.zeros_like, like),
-                begin + self.chunk_size * jnp.arange(chunks),
+                begin + self.size * jnp.arange(chunks),
             )
             records.append(jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), record))
-            begin += chunks * self.chunk_size
-        total, more = _accumulate(function, total, begin, end, self.chunk_size)
+            begin += chunks * self.size
+        total, more = _accumulate(function, total, begin, end, self.size)
         return total, records + more
 
 
-def _best_loop(loss_fn: Callable[..., Any], params: PyTree, batches: PyTree) -> str:
-    if jax.default_backend() != "cpu":
-        return "scan"
+def _convolves(loss_fn: Callable[..., Any], params: PyTree, batches: PyTree) -> bool:
     batch = jax.tree.map(lambda x: x[0], batches)
-    convolves = "conv_general_dilated" in str(jax.make_jaxpr(loss_fn)(params, batch))
-    return "unroll" if convolves else "scan"
+    return "conv_general_dilated" in str(jax.make_jaxpr(loss_fn)(params, batch))
+
+
+def _fitting(
+    value_and_grad: Callable[..., Any], params: PyTree, batches: PyTree, count: int
+) -> int:
+    """How many mini-batches to take at a time without more memory than one by one takes.
+
+    One by one there are three gradients: one, the validation gradient and the sum. All at once
+    there is the sum beside theirs, those of dense layers as factors; so many at a time, all three.
+    What factors are made from and made into takes as much again. Small networks' gradients are
+    taken all at once, whatever they are.
+    """
+    if _inner_products.is_explicit((params, batches)):
+        return 1
+    batch = jax.tree.map(lambda x: x[0], batches)
+    own = _factors.count_entries(lambda *args: value_and_grad(*args)[1], params, batch, 1)
+    one = sum(x.size for x in jax.tree.leaves(params))
+    return count if count * own <= max(2 * one, _SMALL) else max(one // (2 * own), 1)
 
 
 def _add(total: PyTree | None, part: PyTree, record: Any) -> tuple[PyTree, Any]:

@@ -34,14 +34,15 @@ def bilevel_value_and_grad(
     decay: Any = None,
     guard: str | None = None,
     loop: str | None = None,
-    chunk_size: int = 1,
+    chunk_size: int | None = 1,
     axis_name: AxisName | None = None,
 ) -> Callable[..., tuple[Any, ...]]:
     """Like `jax.value_and_grad`, over k mini-batches, giving the reweighted gradient.
 
     Computes what `jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))` followed by `bilevel_reweight`
     computes, without ever holding k gradients: beside the gradient at hand (or `chunk_size` of
-    them) there are the validation gradient and the weighted sum, whatever k is.
+    them) there are the validation gradient and the weighted sum, whatever k is. ``chunk_size=None``
+    is the quicker where memory may depend on k: several times, for a network of dense layers.
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> loss``, or ``-> (loss, aux)`` with `has_aux`;
@@ -54,7 +55,10 @@ def bilevel_value_and_grad(
             compiled once) or "unroll" (a copy per chunk). None takes "scan", but on CPU "unroll"
             for a loss with convolutions, which XLA runs ten times slower inside loops there.
         chunk_size: how many mini-batches to differentiate at a time, vectorised by `jax.vmap`;
-            costs chunk_size gradient buffers in place of one.
+            costs chunk_size gradient buffers in place of one, but for dense layers on few examples,
+            whose gradients are then never formed. None takes all k if that needs about the memory
+            of three gradients, as of networks that are mostly dense layers, and then takes the time
+            of one batch of all examples; or else as many as fit, at least one.
         axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) over whose D
             devices the k = m·D mini-batches are spread in order, m on each. `batches` then leads
             with ``num_validation + m``: a copy of the validation mini-batches, the same on all
@@ -132,17 +136,25 @@ def bilevel_value_and_grad(
             # Or shard_map would add up the gradients over the devices, each time.
             params = _inner_products.vary(params, axis_name)
             k, first = _share(own, rule.held_out, axis_name)
-        unroll = stream.unrolls(params, batches)
-        differentiate = stream.differentiate(params, batches)
+        chunks = stream.over(params, batches)
+        if chunks.size >= end and past is None and axis_name is None:
+            values, stack = chunks.differentiate(0, end)
+            products = _inner_products.stack_products(
+                stack, grouping, num_validation, with_gram=False
+            )
+            weights = _rule.weigh(products, rule)
+            total = _inner_products.weighted_sum(stack, weights.values, grouping)
+            grads = jax.tree.map(lambda x, p: x.astype(p.dtype), total, params)
+            return values, grads, grouping.present(weights.values)
 
         def validate(start: Any, size: int, one: Any) -> tuple[PyTree, Any]:
-            values, grads = differentiate(start, size, one)
+            values, grads = chunks.differentiate(start, size, one)
             sq_norms = _inner_products.squared_norms(grads, grouping)
             record = (values, jnp.zeros_like(sq_norms.T), sq_norms.T)
             return _inner_products.validation_gradient(grads, size), record
 
         def train(start: Any, size: int, one: Any) -> tuple[PyTree, Any]:
-            values, grads = differentiate(start, size, one)
+            values, grads = chunks.differentiate(start, size, one)
             dots = _inner_products.dots_with(grads, validation, grouping)
             sq_norms = _inner_products.squared_norms(grads, grouping)
             omega = _rule.diagonal_weights(dots, sq_norms, rule, has_past)
@@ -156,7 +168,7 @@ def bilevel_value_and_grad(
 
         records = []
         if past is None:
-            validation, records = stream.add_up(validate, None, 0, num_validation, unroll=True)
+            validation, records = chunks.add_up(validate, None, 0, num_validation, unroll=True)
             sums = {"weighted": validation}
         else:
             validation = past.average
@@ -165,7 +177,7 @@ def bilevel_value_and_grad(
             sums = {"weighted": validation, "plain": validation}
         if axis_name is not None:
             records = []  # the validation mini-batches come again, on the first devices
-        total, more = stream.add_up(train, sums, rule.held_out, end, unroll=unroll)
+        total, more = chunks.add_up(train, sums, rule.held_out, end)
         values, dots, sq_norms = jax.tree.map(lambda *x: jnp.concatenate(x), *records, *more)
 
         validation_sq_norm = _inner_products.squared_norm(validation, grouping)

@@ -67,10 +67,8 @@ def choose_form(config: Any, task: Task, solver: str = "diagonal") -> tuple[str,
 
 
 def _stack_is_quick(task: Task, k: int) -> bool:
-    """Whether k gradients on one device are best taken all at once: docs/benchmarks.md."""
+    """Whether k gradients on one device are best stacked: docs/benchmarks.md."""
     mib = k * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.parameters)) / 2**20
-    if jax.default_backend() == "cpu":  # which has them in its caches
-        return mib <= 16 and not _convolves(task.parameters)
     # One mini-batch of such a network does not fill a GPU.
     return jax.default_backend() == "gpu" and mib <= 64
 
@@ -132,7 +130,9 @@ def _streaming(k: int, options: dict[str, Any]) -> GradientFn:
     del k
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
-        step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True, **options)
+        step = optax_bilevel.bilevel_value_and_grad(
+            loss_fn, has_aux=True, chunk_size=None, **options
+        )
         (losses, aux), grads, weights, *state = step(params, batches, *state)
         return Gradient(losses, aux, grads, _per_mini_batch(weights), tuple(state))
 
@@ -240,7 +240,7 @@ def _streaming_on_mesh(layout: Layout, options: dict[str, Any]) -> GradientFn:
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
         step = optax_bilevel.bilevel_value_and_grad(
-            loss_fn, has_aux=True, axis_name=mesh.ALL, **options
+            loss_fn, has_aux=True, chunk_size=None, axis_name=mesh.ALL, **options
         )
 
         def on_device(params: PyTree, validation: Batch, own: Batch, *past: Any) -> tuple[Any, ...]:

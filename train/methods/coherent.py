@@ -59,7 +59,7 @@ def _stacked(loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree)
 def _streaming(
     loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree
 ) -> tuple[Any, ...]:
-    step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True)
+    step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True, chunk_size=None)
     return step(params, batches, direction)
 
 
@@ -69,7 +69,9 @@ def _streaming_on_mesh(layout: Layout) -> MeanOf:
     def mean_of(
         loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree
     ) -> tuple[Any, ...]:
-        step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True, axis_name=mesh.ALL)
+        step = optax_bilevel.coherent_value_and_grad(
+            loss_fn, has_aux=True, chunk_size=None, axis_name=mesh.ALL
+        )
         mapped = jax.shard_map(
             step,
             mesh=layout.mesh,
