@@ -27,7 +27,8 @@ def dense(params, x):
 
 def transposed(params, x):
     """Kernels of another order of axes, as some libraries have them."""
-    return jax.nn.relu(jnp.einsum("bi,oi->bo", x, params["a"].T) + params["bias"][None]) @ params["b"]
+    hidden = jnp.einsum("bi,oi->bo", x, params["a"].T)
+    return jax.nn.relu(hidden + params["bias"][None]) @ params["b"]
 
 
 def heads(params, x):
