@@ -132,11 +132,11 @@ def measure(case: Case, rounds: int = 9) -> dict[str, Timing]:
     return compare(candidates(loss_fn), arguments, rounds)
 
 
-def temporary_memory(case: Case, ks: tuple[int, ...]) -> dict[int, int]:
-    """Temporary bytes of the compiled streaming step for several k at the same b."""
+def temporary_memory(candidate: str, case: Case, ks: tuple[int, ...]) -> dict[int, int]:
+    """Temporary bytes of a candidate's compiled step for several k at the same b."""
     result = {}
     for k in ks:
         loss_fn, arguments = problem(case._replace(k=k))
-        step = candidates(loss_fn)["streaming"]
+        step = candidates(loss_fn)[candidate]
         result[k] = temporary_bytes(jax.jit(step).lower(*arguments).compile())
     return result

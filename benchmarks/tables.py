@@ -84,9 +84,17 @@ def weighting(summary: Summary) -> str:
 
 def memory(summary: Summary) -> str:
     """Temporary memory by k."""
+    of = summary.get("memory", {})
     return _table(
-        ("k mini-batches of 8, MLP 3×512, streaming", "temporary, MB"),
-        ((k, f"{size / 1e6:.2f}") for k, size in summary.get("memory", {}).items()),
+        (
+            "k mini-batches of 8, MLP 3×512",
+            "streaming by 1, temporary, MB",
+            "streaming, temporary, MB",
+        ),
+        (
+            (k, *(f"{sizes[k] / 1e6:.2f}" for sizes in of.values()))
+            for k in of.get("streaming_by_1", {})
+        ),
     )
 
 
