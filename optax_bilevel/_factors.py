@@ -30,7 +30,7 @@ class Factored:
         dtype: of the stack.
         precision: in which the network would have formed the products.
         product_shape: of a product, the axes that are m and those that are n.
-        order: of these axes in `shape`.
+        order: in which a gradient has these axes.
     """
 
     left: jax.Array

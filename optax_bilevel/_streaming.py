@@ -57,8 +57,8 @@ def bilevel_value_and_grad(
         chunk_size: how many mini-batches to differentiate at a time, vectorised by `jax.vmap`;
             costs chunk_size gradient buffers in place of one, but for dense layers on few examples,
             whose gradients are then never formed. None takes all k if that needs about the memory
-            of three gradients, as of networks that are mostly dense layers, and then takes the time
-            of one batch of all examples; or else as many as fit, at least one.
+            of three gradients, as of networks that are mostly dense layers, and then takes about
+            the time of one batch of all examples; or else as many as fit, at least one.
         axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) over whose D
             devices the k = m·D mini-batches are spread in order, m on each. `batches` then leads
             with ``num_validation + m``: a copy of the validation mini-batches, the same on all

@@ -324,6 +324,13 @@ def test_every_method_says_how_it_computes(method):
     )
 
 
+@pytest.mark.parametrize("method", ["bilevel", "past", "coherent"])
+@pytest.mark.parametrize("task", [TASK, LARGE, CONVOLUTION])
+def test_gradients_are_streamed_on_a_cpu_whatever_their_size(task, method):
+    assert "streaming form (chosen)" in methods.make(config(method), task).how
+    assert "stacked form (chosen)" in methods.make(config("bilevel_exact"), task).how
+
+
 def test_small_gradients_are_stacked_on_a_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for task in (LARGE, CONVOLUTION):
@@ -334,8 +341,8 @@ def test_small_gradients_are_stacked_on_a_gpu(monkeypatch):
 
 
 def test_a_form_that_was_asked_for_is_not_called_chosen():
-    for form in ("multi_steps", "stacked"):
-        assert methods.make(config(form=form), TASK).how == f"{form} form on cpu"
+    assert methods.make(config(form="multi_steps"), TASK).how == "multi_steps form on cpu"
+    assert methods.make(config(form="stacked"), CONVOLUTION).how == "stacked form on cpu"
 
 
 @pytest.mark.parametrize(
