@@ -3,7 +3,8 @@
     python -m benchmarks.suspects --data-dir TFDS_FOLDER
 
 Writes ``docs/results/suspects.json``. Takes about half an hour on two cores; finished runs are
-kept in ``runs/suspects`` and not trained again. Needs the extra ``peers`` (cleanlab).
+kept in ``runs/suspects`` and not trained again. Needs the extra ``peers`` (cleanlab), but with
+``--cross-validate`` and no method after it, which leaves the figures of cleanlab as they are.
 
 Everything has the same network, learning rate and epochs. The rankings compared, by the area under
 the ROC curve and the precision at the true number of flips:
@@ -12,6 +13,8 @@ the ROC curve and the precision at the true number of flips:
 - ``sgd``: the same score of a run by plain SGD.
 - ``training_loss``: the loss of each example after the last epoch of plain SGD;
   ``training_loss_bilevel``: of the bilevel run.
+- ``alignment_METHOD``: the mean alignment of each example's gradient with the momentum of a METHOD
+  run, the lowest first.
 - ``cleanlab_METHOD_EPOCH``: cleanlab's label quality (self-confidence, by which
   `find_label_issues` ranks) of out-of-sample predictions, by 5-fold cross-validation of METHOD,
   stopped at EPOCH.
@@ -117,11 +120,14 @@ def measure(config: Config, runs: pathlib.Path, cross_validate: tuple[str, ...])
     """All rankings of one case."""
     results: dict[str, Any] = {}
     for method in METHODS:
-        arm = dataclasses.replace(config, method=method)
+        arm = dataclasses.replace(config, method=method, example_alignment=True)
         directory = runs / f"{arm.dataset}-{arm.noise}-{arm.noise_rate}-{method}-{arm.digest()}"
         trainer.train(arm, directory, trainer.Options(tensorboard=False))
         found = suspects.rank(directory)
         results[method] = suspects.measure(found)
+        assert found.means.alignment is not None
+        order = np.argsort(found.means.alignment, kind="stable")
+        results[f"alignment_{method}"] = quality(order, found.given != found.true)
         _, problem, program, state = trainer.open_run(directory)
         train = problem.dataset.train
         wrong = train.labels != problem.true
@@ -157,7 +163,8 @@ def main(options: Options, console: Console) -> None:
                     dataset=dataset, data_dir=directory, seed=seed, **DATA[dataset], **noise,
                 )  # fmt: skip
                 results = measure(config, options.runs, options.cross_validate)
-                summary["cases"].setdefault(f"{dataset}/{name}", {})[str(seed)] = results
+                seeds = summary["cases"].setdefault(f"{dataset}/{name}", {})
+                seeds.setdefault(str(seed), {}).update(results)
                 write_json(options.out, summary)
                 console.print(f"{dataset} {name}, seed {seed}: AUC, precision")
                 for ranking, figures in results.items():

@@ -145,6 +145,13 @@ class Config:
         Literal["mean", "training", "validation"],
         Help(help="whose batch statistics enter the running averages: all k, T's, or V's"),
     ] = "mean"
+    example_alignment: Annotated[
+        bool,
+        Help(
+            help="add up every example's alignment with the momentum, for `suspects`; costs two to "
+            "four more forward passes a step"
+        ),
+    ] = False
     dtype: Annotated[Literal["float32", "bfloat16"], Help(help="compute dtype")] = "float32"
     seed: Annotated[int, Help(help="of weights, noise, sampling and dropout")] = 0
 

@@ -2,7 +2,7 @@
 
 A network that is kept from memorising never comes to believe a wrong label, and says so each time
 that it sees the example. Each step's own logits, from before the step, are added up, so that the
-evidence costs no forward pass.
+evidence costs no forward pass; the alignment, which costs some, is gathered where it is asked for.
 """
 
 from typing import Any, NamedTuple
@@ -25,26 +25,38 @@ class Evidence(NamedTuple):
         margin: sum of its margins, the logit of the given label less the largest other logit,
             float32 [n].
         agreed: how often the given label was the predicted one, int32 [n].
+        alignment: sum of the inner products of its gradients with the momentum from before the
+            step, divided by the momentum's length, float32 [n]; in evaluation mode, but with
+            augmentation. None where it is not gathered.
     """
 
     visits: jax.Array
     loss: jax.Array
     margin: jax.Array
     agreed: jax.Array
+    alignment: jax.Array | None = None
 
     @classmethod
-    def zeros(cls, num_examples: int) -> "Evidence":
+    def zeros(cls, num_examples: int, alignment: bool = False) -> "Evidence":
         """No evidence yet."""
+        fields = cls._fields if alignment else cls._fields[:-1]
         dtypes = {"visits": jnp.int32, "agreed": jnp.int32}
-        return cls(*(jnp.zeros(num_examples, dtypes.get(x, jnp.float32)) for x in cls._fields))
+        return cls(*(jnp.zeros(num_examples, dtypes.get(x, jnp.float32)) for x in fields))
 
-    def add(self, indices: jax.Array, labels: jax.Array, logits: jax.Array) -> "Evidence":
+    def add(
+        self,
+        indices: jax.Array,
+        labels: jax.Array,
+        logits: jax.Array,
+        alignment: jax.Array | None = None,
+    ) -> "Evidence":
         """Adds a step.
 
         Args:
             indices: which examples were seen, int32 [m].
             labels: their given labels, int32 [m].
             logits: float32 [m, classes].
+            alignment: float32 [m], where it is gathered.
         """
         given = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
         is_given = labels[:, None] == jnp.arange(logits.shape[1])
@@ -56,8 +68,10 @@ class Evidence(NamedTuple):
             "margin": jnp.where(finite, margin, 0),
             "agreed": finite & (margin > 0),
         }
+        if alignment is not None:
+            new["alignment"] = jnp.where(finite & jnp.isfinite(alignment), alignment, 0)
         sums = self._asdict()
-        return Evidence(
+        return self._replace(
             **{k: sums[k].at[indices].add(x.astype(sums[k].dtype)) for k, x in new.items()}
         )
 
@@ -72,15 +86,18 @@ class Means(NamedTuple):
             using the Area Under the Margin Ranking" (NeurIPS 2020), eq. (2).
         loss: mean loss.
         agreement: share of visits at which the given label was the predicted one.
+        alignment: mean alignment, below 0 where the updates rather raised the example's loss;
+            None where it was not gathered.
     """
 
     score: np.ndarray
     loss: np.ndarray
     agreement: np.ndarray
+    alignment: np.ndarray | None = None
 
 
 def means(evidence: Any) -> Means:
     """The evidence of a state, per visit."""
-    visits, loss, margin, agreed = (np.asarray(x, np.float64) for x in evidence)
-    visits = np.where(visits > 0, visits, np.nan)
-    return Means(score=-margin / visits, loss=loss / visits, agreement=agreed / visits)
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), evidence)
+    sums = jax.tree.map(lambda x: x / np.where(sums.visits > 0, sums.visits, np.nan), sums)
+    return Means(-sums.margin, sums.loss, sums.agreed, sums.alignment)

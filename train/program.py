@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import models
+import optax_bilevel
 from train import augment, methods
-from train.config import Config
+from train.config import Config, ConfigError
 from train.evidence import Evidence
 from train.mesh import Layout, example_axis
 
@@ -194,6 +195,11 @@ def _build(
     preset = augment.preset(config.augmentation, image_shape, max_value)
     tx = optimizer(config, steps_per_epoch)
     everywhere = (lambda tree: tree) if layout is None else layout.everywhere
+    gathers = num_examples > 0 and not multi_label
+    if config.example_alignment and multi_label:
+        raise ConfigError(
+            f"example_alignment is for one label per image, and {config.dataset} has several"
+        )
 
     def create(key: jax.Array) -> models.Network:
         options = {} if config.hidden is None else {"hidden": config.hidden}
@@ -239,7 +245,7 @@ def _build(
             opt_state=tx.init(params),
             method=method.init(params),
             sums=Sums.zeros(),
-            evidence=Evidence.zeros(num_examples) if num_examples and not multi_label else None,
+            evidence=Evidence.zeros(num_examples, config.example_alignment) if gathers else None,
             failed=jnp.full((), -1, jnp.int32),
         )
 
@@ -266,6 +272,21 @@ def _build(
             _, batch_stats, recorded, _ = nnx.split(model, nnx.BatchStat, nnx.Intermediate, ...)
             return loss, methods.Aux(logits, batch_stats, recorded)
 
+        def alignment() -> jax.Array:
+            """⟨∇ℓ_e, v⟩/|v| of every example with the momentum v, [k·b]."""
+
+            def losses(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+                model = nnx.merge(graph, params, state.batch_stats, copy=True)
+                model.eval()  # batch norm in training mode would mix the examples
+                logits = model(batch[0], rngs=nnx.Rngs(dropout_key))
+                return methods.cross_entropy(logits, batch[1])
+
+            params, momentum = everywhere((state.params, optax.tree.get(state.opt_state, "trace")))
+            batch = images.reshape(k * b, *images.shape[2:]), raw.labels.ravel()
+            products = optax_bilevel.example_alignment(losses, params, batch, momentum)
+            length = optax.tree.norm(momentum)
+            return products / jnp.where(length > 0, length, 1)
+
         batches = methods.Batch(images, raw.labels, keys)
         done = method.gradient(loss_fn, everywhere(state.params), batches, state.method)
         updates, opt_state = tx.update(done.grads, state.opt_state, state.params)
@@ -283,7 +304,13 @@ def _build(
             opt_state=opt_state,
             method=done.state,
             sums=_add_step(state.sums, raw, done, config.held_out, everywhere),
-            evidence=_add_evidence(state.evidence, raw, done.aux.logits, everywhere),
+            evidence=_add_evidence(
+                state.evidence,
+                raw,
+                done.aux.logits,
+                alignment() if config.example_alignment and state.evidence is not None else None,
+                everywhere,
+            ),
             failed=_first_failure(state, done.losses, (params, batch_stats)),
         )
 
@@ -364,12 +391,13 @@ def _add_evidence(
     evidence: Evidence | None,
     raw: RawBatch,
     logits: jax.Array,
+    alignment: jax.Array | None,
     everywhere: Callable[[PyTree], PyTree],
 ) -> Evidence | None:
     if evidence is None or raw.indices is None:
         return evidence
     logits = logits.reshape(-1, logits.shape[-1])
-    return evidence.add(*everywhere((raw.indices.ravel(), raw.labels.ravel(), logits)))
+    return evidence.add(*everywhere((raw.indices.ravel(), raw.labels.ravel(), logits, alignment)))
 
 
 def _add_step(

@@ -7,6 +7,7 @@ import io
 import pathlib
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -59,7 +60,7 @@ def rank(directory: pathlib.Path) -> Suspects:
     means = evidence.means(state.evidence)
     order = np.argsort(-means.score, kind="stable")  # NaN last
     suggested = np.argmax(trainer.predict(program, state, problem.dataset.train), axis=-1)
-    return Suspects(order, suggested[order], evidence.Means(*(x[order] for x in means)), problem)
+    return Suspects(order, suggested[order], jax.tree.map(lambda x: x[order], means), problem)
 
 
 def measure(suspects: Suspects) -> dict[str, float]:
@@ -91,17 +92,19 @@ def write_csv(suspects: Suspects, file: pathlib.Path) -> None:
     """Writes a line per training example, the most suspicious first.
 
     Columns: ``example``, its number in the training split of the data set; ``file``, for data from
-    a folder; ``given`` and ``suggested``, names of classes; ``score``, ``loss``, ``agreement``, as
-    in `train.evidence.Means`, empty for an example never seen.
+    a folder; ``given`` and ``suggested``, names of classes; ``score``, ``loss``, ``agreement`` and,
+    where it was gathered, ``alignment``, as in `train.evidence.Means`, empty for an example never
+    seen.
     """
     problem, means = suspects.problem, suspects.means
     names, files = problem.dataset.class_names, problem.dataset.train_files
     with open(file, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
-        columns = ("given", "suggested", "score", "loss", "agreement")
+        gathered = {name: x for name, x in means._asdict().items() if x is not None}
+        columns = ("given", "suggested", *gathered)
         writer.writerow(["example", *(["file"] if files else []), *columns])
         for i, example in enumerate(problem.examples[suspects.positions]):
-            figures = (means.score[i], means.loss[i], means.agreement[i])
+            figures = (x[i] for x in gathered.values())
             writer.writerow(
                 [
                     example,

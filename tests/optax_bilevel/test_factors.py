@@ -290,7 +290,7 @@ def temporary_bytes(step, params, batches):
 
 @pytest.mark.parametrize("k", [4, 32])
 @pytest.mark.parametrize("b", [2, 8, 32])
-def test_takes_about_the_memory_of_one_by_one(b, k):
+def test_takes_at_most_a_gradient_more_memory_than_one_by_one(b, k):
     shapes = {"a": (256, 512), "bias": (512,), "b": (512, 128)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     batches = {
@@ -302,7 +302,8 @@ def test_takes_about_the_memory_of_one_by_one(b, k):
         for size in (None, 1)
         for args in [(params, batches)]
     )
-    assert fitting <= 1.3 * one_by_one
+    gradient = 4 * sum(x.size for x in params.values())  # which XLA's loop copies, or does not
+    assert fitting <= 1.3 * one_by_one + gradient
 
 
 def test_trains():

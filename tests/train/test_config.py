@@ -141,7 +141,7 @@ OTHER = {
     "noise": "uniform", "noise_rate": 0.4, "pixels": "random", "epochs": 101,
     "learning_rate": 0.1, "schedule": "steps", "decay": 0.9, "momentum": 0.8,
     "weight_decay": 1e-4, "clip_norm": 1.0, "dropout_rate": 0.1, "dropout_masks": "independent",
-    "batch_statistics": "training", "dtype": "bfloat16", "seed": 1,
+    "batch_statistics": "training", "example_alignment": True, "dtype": "bfloat16", "seed": 1,
 }  # fmt: skip
 
 

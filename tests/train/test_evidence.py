@@ -1,12 +1,16 @@
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.train import tiny
 from tests.train.test_program import CLASSES, KEY, build, config, raw, start
 from train import evidence, trainer
+from train.config import ConfigError
 from train.evidence import Evidence
+from train.methods import cross_entropy
 from train.run_directory import read_metrics
 
 
@@ -31,8 +35,9 @@ def test_sums_per_example_of_loss_margin_and_agreement():
         gathered = gathered.add(indices, labels[indices], logits)
         loss, margin, agreed = in_numpy(logits, labels[indices])
         expected[:, indices] += (np.ones(3), loss, margin, agreed)
-    np.testing.assert_allclose(np.stack(gathered), expected, rtol=1e-5)
-    assert [x.dtype for x in gathered] == [jnp.int32, jnp.float32, jnp.float32, jnp.int32]
+    assert gathered.alignment is None
+    np.testing.assert_allclose(np.stack(gathered[:4]), expected, rtol=1e-5)
+    assert [x.dtype for x in gathered[:4]] == [jnp.int32, jnp.float32, jnp.float32, jnp.int32]
     means = evidence.means(gathered)
     assert np.isnan(means.score[[3, 5]]).all()
     assert np.isnan(means.loss[[3, 5]]).all()
@@ -86,6 +91,55 @@ def test_gathering_evidence_leaves_the_training_as_it_is():
     program = build(of, num_examples=32)
     gathered = program.step(state, jax.device_put(batch._replace(indices=indices)), KEY)
     tiny.assert_same_bits(gathered._replace(evidence=None), plain)
+
+
+@pytest.mark.parametrize("method", ["sgd", "bilevel", "coherent"])
+def test_a_step_adds_every_gradient_s_inner_product_with_the_momentum(method):
+    of, batch = config(method=method, example_alignment=True), raw()
+    batch = batch._replace(indices=np.arange(32, dtype=np.int32)[::-1].reshape(4, 8))
+    program = build(of, num_examples=32)
+    state = program.step(program.init(KEY), jax.device_put(batch), KEY)
+    np.testing.assert_array_equal(state.evidence.alignment, 0)  # there was no momentum yet
+    state = jax.device_get(state)
+    after = program.step(jax.device_put(state), jax.device_put(batch), KEY)
+    momentum = jax.flatten_util.ravel_pytree(optax.tree.get(state.opt_state, "trace"))[0]
+    images = batch.images.reshape(-1, 1, *batch.images.shape[2:])
+
+    def gradient(image, label):
+        def loss(params):
+            scores = program.predict(params, state.batch_stats, image, KEY)
+            return cross_entropy(scores, label[None])[0]
+
+        return jax.flatten_util.ravel_pytree(jax.grad(loss)(state.params))[0]
+
+    grads = [gradient(*pair) for pair in zip(images, batch.labels.ravel(), strict=True)]
+    expected = np.stack(grads) @ momentum / np.linalg.norm(momentum)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(after.evidence.alignment[::-1], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_alignment_leaves_the_training_as_it_is_and_averages_over_visits():
+    batch = raw()._replace(indices=np.arange(32, dtype=np.int32).reshape(4, 8))
+    results = []
+    for alignment in (False, True):
+        program = build(config(example_alignment=alignment), num_examples=32)
+        state = program.init(KEY)
+        for _ in range(3):
+            state = program.step(state, jax.device_put(batch), KEY)
+        results.append(jax.device_get(state))
+    plain, gathered = results
+    sums = gathered.evidence
+    np.testing.assert_allclose(
+        evidence.means(sums).alignment, sums.alignment.astype(np.float64) / 3
+    )
+    assert evidence.means(plain.evidence).alignment is None
+    plain, gathered = (x._replace(evidence=x.evidence._replace(alignment=None)) for x in results)
+    tiny.assert_same_bits(gathered, plain)
+
+
+def test_alignment_of_several_labels_is_refused():
+    with pytest.raises(ConfigError, match="one label per image, and digits has several"):
+        build(config(noise="none", example_alignment=True), num_examples=32, multi_label=True)
 
 
 def test_several_labels_have_no_evidence():

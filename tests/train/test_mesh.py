@@ -47,12 +47,14 @@ def raw(k, seed):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 17, (k, B, *SHAPE), np.uint8)
     true = rng.integers(0, CLASSES, (k, B), np.int32)
-    return RawBatch(images, np.where(rng.random((k, B)) < 0.5, (true + 1) % CLASSES, true), true)
+    given = np.where(rng.random((k, B)) < 0.5, (true + 1) % CLASSES, true)
+    return RawBatch(images, given, true, np.arange(k * B, dtype=np.int32).reshape(k, B))
 
 
 def train(of, layout):
     """The state after some steps, and the scores of 16 images."""
-    program = program_module._build.__wrapped__(of, SHAPE, 16, CLASSES, False, 4, layout, 0)
+    build = program_module._build.__wrapped__
+    program = build(of, SHAPE, 16, CLASSES, False, 4, layout, of.k * B)
     key = jax.random.key(3)
     state = program.init(jax.random.key(0))
     place = jax.device_put if layout is None else functools.partial(layout.place, shape=(of.k, B))
@@ -84,7 +86,7 @@ def slow(*values):
     ("method", "k", "sharded", "changes"),
     [
         ("bilevel", 16, True, {"num_validation": 2}),
-        ("bilevel", 4, False, {"batch_statistics": "training"}),
+        ("bilevel", 4, False, {"batch_statistics": "training", "example_alignment": True}),
         slow("bilevel", 8, True, {"augmentation": "preactresnet", "dropout_rate": 0.5}),
         slow("bilevel", 2, True, {}),
         slow("bilevel", 8, False, {"form": "streaming"}),
@@ -104,7 +106,7 @@ def slow(*values):
         slow("past", 16, False, {}),
         slow("past", 8, True, {}),
         slow("past", 4, False, {}),
-        ("coherent", 16, True, {}),
+        ("coherent", 16, True, {"example_alignment": True}),
         slow("coherent", 8, False, {}),
         slow("coherent", 4, False, {"batch_statistics": "training"}),
     ],

@@ -106,6 +106,18 @@ def test_the_table_has_a_line_per_example(tmp_path):
     ]  # fmt: skip
 
 
+def test_the_alignment_is_a_column_where_it_was_gathered(tmp_path):
+    directory = tmp_path / "run"
+    trainer.train(tiny.config(example_alignment=True), directory, tiny.options())
+    assert cli.main(["suspects", str(directory)]) == 0
+    found = suspects.rank(directory)
+    lines = rows(directory / "suspects.csv")
+    assert list(lines[0])[-2:] == ["agreement", "alignment"]
+    written = [float(line["alignment"] or "nan") for line in lines]
+    np.testing.assert_allclose(written, found.means.alignment, atol=1e-4)
+    assert np.nanmax(written) > np.nanmin(written)
+
+
 def test_the_page_shows_the_most_suspicious_and_needs_no_other_file(tmp_path):
     found = made([-1, 2.5, 1, np.nan], [0, 1, 2, 0], [0, 1, 0, 0], [0, 0, 2, 1])
     for count, shown in ((2, [1, 2]), (9, [1, 2, 0])):  # what was never seen is not shown

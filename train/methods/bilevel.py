@@ -255,7 +255,9 @@ def _streaming_on_mesh(layout: Layout, options: dict[str, Any]) -> GradientFn:
             out_specs=(P(mesh.ALL), P(), P(), *past),
         )
         held_out = 0 if state else options["num_validation"]
-        validation = jax.tree.map(lambda x: x[:held_out], batches)
+        # XLA's partitioner fails on a slice of labels that the evidence gathers as well.
+        first = jnp.arange(held_out)
+        validation = jax.tree.map(lambda x: jnp.take(x, first, axis=0), batches)
         (losses, aux), grads, weights, *state = mapped(params, validation, batches, *state)
         return Gradient(losses, aux, grads, _per_mini_batch(weights), tuple(state))
 
