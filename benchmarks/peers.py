@@ -38,11 +38,11 @@ def measure(rounds: int = 9) -> dict[str, dict[str, float]]:
     case = steps.CASES["mlp_8x8"]
     loss_fn, arguments = steps.problem(case)
     ours = {
-        name: step
-        for name, step in steps.candidates(loss_fn).items()
+        name: candidate
+        for name, candidate in steps.candidates(loss_fn).items()
         if name in ("big_batch", "accumulate", "streaming", "stacked")
     }
-    timings = compare(ours, arguments, rounds)
+    timings = steps.compare_steps(ours, *arguments, rounds)
     base = timings["big_batch"].seconds
     versus = {f"jax {name}": timing.seconds / base for name, timing in timings.items()}
     seconds = _time(_torch_steps(case), rounds)

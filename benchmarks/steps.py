@@ -56,87 +56,111 @@ def problem(case: Case) -> tuple[Callable[..., Any], tuple[PyTree, PyTree]]:
     return loss_fn, (params, batches)
 
 
-def candidates(loss_fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """Steps that differ in how the k mini-batches become one gradient; all end in SGD."""
-    optimizer = optax.sgd(0.1, momentum=0.9)
+class Candidate(NamedTuple):
+    """A training step, and where it starts.
+
+    Attributes:
+        step: ``(state, batches) -> state``.
+        init: ``params -> state``, the parameters and the optimizer's state.
+    """
+
+    step: Callable[..., Any]
+    init: Callable[..., Any]
+
+
+def _candidate(gradient: Callable[..., PyTree], *before: optax.GradientTransformation) -> Candidate:
+    """SGD with momentum on ``gradient(params, batches)``, after `before`."""
+    optimizer = optax.chain(*before, _SGD)
+
+    def step(state: PyTree, batches: PyTree) -> PyTree:
+        params, opt_state = state
+        updates, opt_state = optimizer.update(gradient(params, batches), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return Candidate(step, lambda params: (params, optimizer.init(params)))
+
+
+_SGD = optax.sgd(1e-3, momentum=0.9)
+
+
+def candidates(loss_fn: Callable[..., Any]) -> dict[str, Candidate]:
+    """Steps that differ in how the k mini-batches become one gradient."""
     grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def finish(params: PyTree, grads: PyTree) -> PyTree:
-        updates, _ = optimizer.update(grads, optimizer.init(params), params)
-        return optax.apply_updates(params, updates)
+    def one_of(batches: PyTree, i: int) -> PyTree:
+        return jax.tree.map(lambda x: x[i], batches)
 
     def big_batch(params: PyTree, batches: PyTree) -> PyTree:
         whole = {
             name: x[0] if name == "key" else x.reshape(math.prod(x.shape[:2]), *x.shape[2:])
             for name, x in batches.items()
         }
-        return finish(params, grad(params, whole)[1])
+        return grad(params, whole)[1]
 
     def accumulate(params: PyTree, batches: PyTree) -> PyTree:
         total = None
         for i in range(len(batches["label"])):
-            _, grads = grad(params, jax.tree.map(lambda x: x[i], batches))  # noqa: B023
+            _, grads = grad(params, one_of(batches, i))
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-        return finish(params, total)
+        return total
 
-    def streaming(params: PyTree, batches: PyTree) -> PyTree:
-        step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True, chunk_size=None)
-        return finish(params, step(params, batches)[1])
-
-    def streaming_by_1(params: PyTree, batches: PyTree) -> PyTree:
-        step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True)
-        return finish(params, step(params, batches)[1])
-
-    def streaming_by_4(params: PyTree, batches: PyTree) -> PyTree:
-        step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True, chunk_size=4)
-        return finish(params, step(params, batches)[1])
-
-    rule = optax_bilevel.bilevel_reweight()
+    def streaming(chunk_size: int | None) -> Candidate:
+        step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True, chunk_size=chunk_size)
+        return _candidate(lambda params, batches: step(params, batches)[1])
 
     def stacked(params: PyTree, batches: PyTree) -> PyTree:
-        _, stack = jax.vmap(grad, in_axes=(None, 0))(params, batches)
-        return finish(params, rule.update(stack, rule.init(params), params)[0])
+        return jax.vmap(grad, in_axes=(None, 0))(params, batches)[1]
 
     def stacked_unrolled(params: PyTree, batches: PyTree) -> PyTree:
-        k = len(batches["label"])
-        parts = [grad(params, jax.tree.map(lambda x: x[i], batches))[1] for i in range(k)]  # noqa: B023
-        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-        return finish(params, rule.update(stack, rule.init(params), params)[0])
+        parts = [grad(params, one_of(batches, i))[1] for i in range(len(batches["label"]))]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
-    coherent_optimizer = optax_bilevel.coherent_steps(optimizer)
+    coherent_optimizer = optax_bilevel.coherent_steps(_SGD)
 
-    def coherent(params: PyTree, batches: PyTree) -> PyTree:
-        # Parameters for a direction: that of a fresh state is zeros, which XLA knows.
-        state: Any = coherent_optimizer.init(params)
-        state = state._replace(direction=params)
+    def coherent(state: PyTree, batches: PyTree) -> PyTree:
+        params, opt_state = state
         step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True, chunk_size=None)
-        _, mean, coherence = step(params, batches, state.direction)
-        updates, state = coherent_optimizer.update(mean, state, params, coherence=coherence)
-        return optax.apply_updates(params, updates), state.direction
+        _, mean, coherence = step(params, batches, opt_state.direction)
+        updates, opt_state = coherent_optimizer.update(mean, opt_state, params, coherence=coherence)
+        return optax.apply_updates(params, updates), opt_state
 
+    rule = optax_bilevel.bilevel_reweight()
     return {
-        "accumulate": accumulate,
-        "big_batch": big_batch,
-        "streaming": streaming,
-        "streaming_by_1": streaming_by_1,
-        "streaming_by_4": streaming_by_4,
-        "stacked": stacked,
-        "stacked_unrolled": stacked_unrolled,
-        "coherent": coherent,
+        "accumulate": _candidate(accumulate),
+        "big_batch": _candidate(big_batch),
+        "streaming": streaming(None),
+        "streaming_by_1": streaming(1),
+        "streaming_by_4": streaming(4),
+        "stacked": _candidate(stacked, rule),
+        "stacked_unrolled": _candidate(stacked_unrolled, rule),
+        "coherent": Candidate(coherent, lambda params: (params, coherent_optimizer.init(params))),
     }
+
+
+def compare_steps(
+    candidates: dict[str, Candidate], params: PyTree, batches: PyTree, rounds: int
+) -> dict[str, Timing]:
+    """Times training steps, each of which goes on from its last."""
+    return compare(
+        {name: candidate.step for name, candidate in candidates.items()},
+        (batches,),
+        rounds,
+        states={name: candidate.init(params) for name, candidate in candidates.items()},
+    )
 
 
 def measure(case: Case, rounds: int = 9) -> dict[str, Timing]:
     """Times every candidate on one case."""
     loss_fn, arguments = problem(case)
-    return compare(candidates(loss_fn), arguments, rounds)
+    return compare_steps(candidates(loss_fn), *arguments, rounds)
 
 
 def temporary_memory(candidate: str, case: Case, ks: tuple[int, ...]) -> dict[int, int]:
     """Temporary bytes of a candidate's compiled step for several k at the same b."""
     result = {}
     for k in ks:
-        loss_fn, arguments = problem(case._replace(k=k))
-        step = candidates(loss_fn)[candidate]
-        result[k] = temporary_bytes(jax.jit(step).lower(*arguments).compile())
+        loss_fn, (params, batches) = problem(case._replace(k=k))
+        step, init = candidates(loss_fn)[candidate]
+        compiled = jax.jit(step, donate_argnums=0).lower(init(params), batches).compile()
+        result[k] = temporary_bytes(compiled)
     return result

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Timing(NamedTuple):
@@ -40,7 +41,10 @@ def _page_faults() -> int:
 
 
 def compare(
-    candidates: dict[str, Callable[..., Any]], arguments: tuple[Any, ...], rounds: int = 9
+    candidates: dict[str, Callable[..., Any]],
+    arguments: tuple[Any, ...],
+    rounds: int = 9,
+    states: dict[str, Any] | None = None,
 ) -> dict[str, Timing]:
     """Compiles every candidate for the same arguments and times them in turns.
 
@@ -48,22 +52,34 @@ def compare(
         candidates: functions of `arguments`, by name.
         arguments: arrays on the device.
         rounds: how often each is timed; the median counts.
+        states: by name, of candidates ``(state, *arguments) -> state``: each call goes on from the
+            last, whose memory it takes.
     """
     compiled, compile_seconds, first_seconds = {}, {}, {}
+    last: dict[str, tuple[Any, ...]] = dict.fromkeys(candidates, ())
+    if states is not None:  # copies, for they will be donated
+        last = {name: (jax.tree.map(jnp.copy, state),) for name, state in states.items()}
+
+    def call(name: str) -> None:
+        result = jax.block_until_ready(compiled[name](*last[name], *arguments))
+        if states is not None:
+            last[name] = (result,)
+
     for name, function in candidates.items():
         started = time.perf_counter()
-        compiled[name] = jax.jit(function).lower(*arguments).compile()
+        jitted = jax.jit(function, donate_argnums=() if states is None else 0)
+        compiled[name] = jitted.lower(*last[name], *arguments).compile()
         compile_seconds[name] = time.perf_counter() - started
         started = time.perf_counter()
-        jax.block_until_ready(compiled[name](*arguments))
+        call(name)
         first_seconds[name] = time.perf_counter() - started
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     processor: dict[str, list[float]] = {name: [] for name in candidates}
     faults: dict[str, list[int]] = {name: [] for name in candidates}
     for _ in range(rounds):
-        for name, function in compiled.items():
+        for name in candidates:
             started, used, faulted = time.perf_counter(), time.process_time(), _page_faults()
-            jax.block_until_ready(function(*arguments))
+            call(name)
             seconds[name].append(time.perf_counter() - started)
             processor[name].append(time.process_time() - used)
             faults[name].append(_page_faults() - faulted)

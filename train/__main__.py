@@ -59,7 +59,7 @@ def _run(args: list[str], console: Console) -> None:
             bool, Help(help="take the config from the run directory, not from the options")
         ] = False
         checkpoint_seconds: Annotated[
-            float, Help(help="save at the first end of an epoch after so long; 0: every epoch")
+            float, Help(help="save every so many seconds; 0: at every end of an epoch")
         ] = 60.0
         keep: Annotated[int, Help(help="checkpoints to keep")] = 2
         tensorboard: Annotated[bool, Help(help="write metrics for TensorBoard too")] = True

@@ -90,6 +90,7 @@ def _curve(
     axes.fill_between(
         epochs, values.min(0), values.max(0), color=drawn.get_color(), alpha=0.15, lw=0
     )
+    axes.locator_params(axis="x", integer=True)  # there is no epoch 2.5
 
 
 def _histogram(axes: Any, method: str, seeds: list[list[dict[str, Any]]]) -> None:

@@ -30,8 +30,25 @@ def exact(params, batches):
     return tx.update(grads, tx.init(params), params)[0]
 
 
-def streaming(params, batches):
-    return optax_bilevel.bilevel_value_and_grad(loss, loop="scan")(params, batches)[1]
+def streaming(params, batches, **options):
+    return optax_bilevel.bilevel_value_and_grad(loss, loop="scan", **options)(params, batches)[1]
+
+
+def all_at_once(params, batches):
+    return streaming(params, batches, chunk_size=None)
+
+
+def past(params, batches):
+    past = optax_bilevel.init_past(params)
+    step = optax_bilevel.bilevel_value_and_grad(loss, validation="past", chunk_size=4)
+    return step(params, batches, past)[1]
+
+
+def coherent(params, batches):
+    tx = optax_bilevel.coherent_steps(optax.sgd(0.1))
+    step = optax_bilevel.coherent_value_and_grad(loss, chunk_size=None)
+    _, mean, coherence = step(params, batches, params)
+    return tx.update(mean, tx.init(params), params, coherence=coherence)[0]
 
 
 def multi_steps(params, batches):
@@ -52,12 +69,29 @@ def collective(params, batches):
     return optax_bilevel.bilevel_pmean(grads, "batch")
 
 
-def lowered(function):
-    params, batches = params_of(), batches_of(8)
+def spread(params, batches):
+    """Two mini-batches on each of eight devices."""
+    step = optax_bilevel.bilevel_value_and_grad(loss, axis_name="batch", loop="scan")
+    validation = jax.tree.map(lambda x: x[:1], batches)
+
+    def on_device(params, validation, own):
+        join = jax.tree.map(lambda v, x: jnp.concatenate([v, x]), validation, own)
+        return step(params, join)[1]
+
+    mesh = Mesh(np.array(jax.devices()[:8]), ("batch",), axis_types=(AxisType.Auto,))
+    specs = (P(), P(), P("batch"))
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P())
+    return mapped(params, validation, batches)
+
+
+def lowered(function, k=8):
+    params, batches = params_of(), batches_of(k)
     return jax.export.export(function, platforms=("cuda",))(params, batches)
 
 
-@pytest.mark.parametrize("function", [stacked, exact, streaming, multi_steps])
+@pytest.mark.parametrize(
+    "function", [stacked, exact, streaming, all_at_once, past, coherent, multi_steps]
+)
 def test_lowers_for_cuda(function):
     exported = lowered(jax.jit(function))
     assert exported.platforms == ("cuda",)
@@ -73,3 +107,9 @@ def test_collective_lowers_for_cuda():
     text = exported.mlir_module()
     assert "all_to_all" in text
     assert "all_gather" in text
+
+
+def test_several_mini_batches_on_each_device_lower_for_cuda():
+    exported = lowered(jax.jit(spread), k=16)
+    assert exported.platforms == ("cuda",)
+    assert "all_reduce" in exported.mlir_module()

@@ -60,7 +60,7 @@ def test_arms(name, scale):
     else:
         assert {arm.config.dataset for arm in arms} == {"fashion_mnist"}
     noisy = [arm for arm in arms if arm.config.noise != "none" or arm.after]
-    if noisy and (name, scale) != ("figure2", "paper"):
+    if noisy:
         assert {arm.config.method for arm in noisy} >= {"sgd", "bilevel", *BESIDE} - (
             {"sgd"} if name == "figure2" else set()
         )

@@ -336,8 +336,10 @@ def test_small_gradients_are_stacked_on_a_gpu(monkeypatch):
     for task in (LARGE, CONVOLUTION):
         assert "stacked form (chosen) on gpu" in methods.make(config(), task).how
     assert "streaming form" in methods.make(config(k=32), LARGE).how  # 64.1 MiB
+    assert bilevel.chunk_size() == 4
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert "streaming form (chosen) on tpu" in methods.make(config(), TASK).how
+    assert bilevel.chunk_size() is None
 
 
 def test_a_form_that_was_asked_for_is_not_called_chosen():

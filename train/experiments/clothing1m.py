@@ -20,7 +20,9 @@ with other real clothes: 4,000 images of Fashion-MNIST, 38% of their labels, Clo
 turned to the next class, then 400 images with true labels; the MLP of figure 3. Two CPU cores: 5
 to 25 s a run; 24 runs.
 
-What was measured here is in docs/results/tables.md.
+Measured here, test accuracy after the last epoch (all of it: docs/results/tables.md):
+On the wrong labels SGD ends at 63.9%, uniform 64.3, eq. (10) 65.4, eq. (8) 68.9; after the clean
+ones at 82.5, 82.2, 81.8 and 82.4.
 """
 
 import dataclasses

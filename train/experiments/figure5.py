@@ -15,7 +15,9 @@ Scale laptop: VOC does not come without a download. The same protocol (4 × 16, 
 clean labels, ever smaller parts of the training set) on Fashion-MNIST with the MLP of figure 3;
 accuracy. Two CPU cores: 5 to 40 s a run; 48 runs.
 
-What was measured here is in docs/results/tables.md.
+Measured here, test accuracy after the last epoch (all of it: docs/results/tables.md):
+With 500 images SGD ends at 77.0%, eq. (10) at 77.4; with more they are level within 0.2 points.
+Eq. (10)'s generalisation gap is 2.1 to 3.3 points smaller.
 """
 
 import dataclasses

@@ -24,7 +24,9 @@ GPU.
 Scale laptop: the MLP of figure 3 with dropout 0.5, 8 × 8, on 4,000 images of Fashion-MNIST. Two
 CPU cores: 10 to 25 s a run; 48 runs.
 
-What was measured here is in docs/results/tables.md.
+Measured here, test accuracy after the last epoch (all of it: docs/results/tables.md):
+With half of the labels wrong the baseline ends at 68.1%, a at 11.1, b 69.7, c 36.0, d 72.6, the
+uniform control at 72.3, SGD at 75.4: with this dropout nothing is memorised.
 """
 
 import dataclasses

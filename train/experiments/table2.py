@@ -16,7 +16,8 @@ needs a GPU.
 Scale laptop: the MLP of figure 3, 8 × 8, on 4,000 images of Fashion-MNIST with permuted pixels.
 Two CPU cores: 10 to 25 s a run; 12 runs.
 
-What was measured here is in docs/results/tables.md.
+Measured here, test accuracy after the last epoch (all of it: docs/results/tables.md):
+Train / test 100.0 / 23.0 by SGD, 98.9 / 22.9 by eq. (10), 98.6 / 22.6 by eq. (8): the gap stays.
 """
 
 import dataclasses

@@ -26,7 +26,8 @@ learning rate 0.1, ÷ 10 at half and at three quarters of 200 epochs, momentum 0
 Scale laptop: figure 3's arms at 40%, whose runs it shares, and the methods that figure 3 leaves
 out. Two CPU cores: 10 to 25 s a run; 36 runs, 27 of them figure 3's.
 
-What was measured here is in docs/results/tables.md.
+Measured here, test accuracy after the last epoch (all of it: docs/results/tables.md):
+At 40% SGD ends at 75.6%, eq. (10) at 78.7, eq. (8) 79.4, mixup 80.4, bilevel + mixup 80.5.
 """
 
 import dataclasses

@@ -20,7 +20,9 @@ Scale laptop: Fashion-MNIST, the MLP of figure 3. The teacher's dropout is set s
 as much as the paper's: with seeds 0, 1 and 2 43.5, 44.8 and 43.0% of the labels are wrong; the
 report gives the share of every arm. Two CPU cores: 5 to 25 s a run; 27 runs.
 
-What was measured here is in docs/results/tables.md.
+Measured here, test accuracy after the last epoch (all of it: docs/results/tables.md):
+SGD ends at 63.7%, uniform 63.6, eq. (10) 66.3, eq. (8) 66.1 on the teacher's labels, and at 85.0,
+85.0, 84.1 and 83.7 on clean ones.
 """
 
 import dataclasses

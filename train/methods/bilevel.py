@@ -73,6 +73,11 @@ def _stack_is_quick(task: Task, k: int) -> bool:
     return jax.default_backend() == "gpu" and mib <= 64
 
 
+def chunk_size() -> int | None:
+    """How many mini-batches streaming takes at a time: docs/benchmarks.md."""
+    return 4 if jax.default_backend() == "gpu" else None
+
+
 def _convolves(params: PyTree) -> bool:
     return any(x.ndim > 2 for x in jax.tree.leaves(params))
 
@@ -131,7 +136,7 @@ def _streaming(k: int, options: dict[str, Any]) -> GradientFn:
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
         step = optax_bilevel.bilevel_value_and_grad(
-            loss_fn, has_aux=True, chunk_size=None, **options
+            loss_fn, has_aux=True, chunk_size=chunk_size(), **options
         )
         (losses, aux), grads, weights, *state = step(params, batches, *state)
         return Gradient(losses, aux, grads, _per_mini_batch(weights), tuple(state))
@@ -240,7 +245,7 @@ def _streaming_on_mesh(layout: Layout, options: dict[str, Any]) -> GradientFn:
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
         step = optax_bilevel.bilevel_value_and_grad(
-            loss_fn, has_aux=True, chunk_size=None, axis_name=mesh.ALL, **options
+            loss_fn, has_aux=True, chunk_size=chunk_size(), axis_name=mesh.ALL, **options
         )
 
         def on_device(params: PyTree, validation: Batch, own: Batch, *past: Any) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import optax_bilevel
 from train import mesh
 from train.mesh import Layout
-from train.methods.bilevel import all_gradients, choose_form, on_each_device
+from train.methods.bilevel import all_gradients, choose_form, chunk_size, on_each_device
 from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
 
 _LONG = 10_000  # steps; from there on those taken by chance add up (docs/past.md)
@@ -59,7 +59,7 @@ def _stacked(loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree)
 def _streaming(
     loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree
 ) -> tuple[Any, ...]:
-    step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True, chunk_size=None)
+    step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True, chunk_size=chunk_size())
     return step(params, batches, direction)
 
 
@@ -70,7 +70,7 @@ def _streaming_on_mesh(layout: Layout) -> MeanOf:
         loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree
     ) -> tuple[Any, ...]:
         step = optax_bilevel.coherent_value_and_grad(
-            loss_fn, has_aux=True, chunk_size=None, axis_name=mesh.ALL
+            loss_fn, has_aux=True, chunk_size=chunk_size(), axis_name=mesh.ALL
         )
         mapped = jax.shard_map(
             step,
