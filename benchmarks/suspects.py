@@ -9,10 +9,10 @@ kept in ``runs/suspects`` and not trained again. Needs the extra ``peers`` (clea
 Everything has the same network, learning rate and epochs. The rankings compared, by the area under
 the ROC curve and the precision at the true number of flips:
 
-- ``bilevel``: the score of a run that weighs by eq. (10).
+- ``bilevel``: the score of a run that weighs by eq. (10); ``coherent``: by coherent steps.
 - ``sgd``: the same score of a run by plain SGD.
 - ``training_loss``: the loss of each example after the last epoch of plain SGD;
-  ``training_loss_bilevel``: of the bilevel run.
+  ``training_loss_METHOD``: of the other runs.
 - ``alignment_METHOD``: the mean alignment of each example's gradient with the momentum of a METHOD
   run, the lowest first.
 - ``cleanlab_METHOD_EPOCH``: cleanlab's label quality (self-confidence, by which
@@ -42,7 +42,7 @@ NOISE = {
     "symmetric_50": {"noise": "symmetric", "noise_rate": 0.5},
     "pair_flip_20": {"noise": "pair_flip", "noise_rate": 0.2},
 }
-METHODS = ("sgd", "bilevel")
+METHODS = ("sgd", "bilevel", "coherent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options:
     seeds: tuple[int, ...] = (0,)
     cross_validate: Annotated[
         tuple[str, ...], tyro.conf.arg(help="methods whose predictions cleanlab gets")
-    ] = METHODS
+    ] = ("sgd", "bilevel")
     runs: pathlib.Path = pathlib.Path("runs/suspects")
     out: pathlib.Path = pathlib.Path("docs/results/suspects.json")
 
@@ -133,7 +133,7 @@ def measure(config: Config, runs: pathlib.Path, cross_validate: tuple[str, ...])
         wrong = train.labels != problem.true
         scores = trainer.predict(program, state, train)
         of_given = np.take_along_axis(scores, train.labels[:, None], axis=1)[:, 0]
-        name = "training_loss" if method == "sgd" else "training_loss_bilevel"
+        name = "training_loss" if method == "sgd" else f"training_loss_{method}"
         results[name] = quality(np.argsort(of_given, kind="stable"), wrong)
         if method not in cross_validate:
             continue

@@ -25,9 +25,9 @@ class Evidence(NamedTuple):
         margin: sum of its margins, the logit of the given label less the largest other logit,
             float32 [n].
         agreed: how often the given label was the predicted one, int32 [n].
-        alignment: sum of the inner products of its gradients with the momentum from before the
-            step, divided by the momentum's length, float32 [n]; in evaluation mode, but with
-            augmentation. None where it is not gathered.
+        alignment: sum of the inner products of the gradients of its cross-entropy, whatever loss
+            is trained, with the momentum from before the step, divided by the momentum's length,
+            float32 [n]; in evaluation mode, but with augmentation. None where it is not gathered.
     """
 
     visits: jax.Array
