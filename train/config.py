@@ -148,8 +148,8 @@ class Config:
     example_alignment: Annotated[
         bool,
         Help(
-            help="add up every example's alignment with the momentum, for `suspects`; costs two to "
-            "four more forward passes a step"
+            help="add up every example's alignment with the momentum, for `suspects`; costs two or "
+            "three more forward passes a step"
         ),
     ] = False
     dtype: Annotated[Literal["float32", "bfloat16"], Help(help="compute dtype")] = "float32"
