@@ -68,6 +68,9 @@ class Candidate(NamedTuple):
     init: Callable[..., Any]
 
 
+_SGD = optax.sgd(1e-3, momentum=0.9)
+
+
 def _candidate(gradient: Callable[..., PyTree], *before: optax.GradientTransformation) -> Candidate:
     """SGD with momentum on ``gradient(params, batches)``, after `before`."""
     optimizer = optax.chain(*before, _SGD)
@@ -78,9 +81,6 @@ def _candidate(gradient: Callable[..., PyTree], *before: optax.GradientTransform
         return optax.apply_updates(params, updates), opt_state
 
     return Candidate(step, lambda params: (params, optimizer.init(params)))
-
-
-_SGD = optax.sgd(1e-3, momentum=0.9)
 
 
 def candidates(loss_fn: Callable[..., Any]) -> dict[str, Candidate]:
