@@ -36,6 +36,7 @@ from train.experiments.common import (
     CIFARNET,
     INCEPTION,
     LAPTOP,
+    LAPTOP_CIFARNET,
     Arm,
     Experiment,
     Panel,
@@ -79,7 +80,13 @@ def _arms(scale: Scale) -> list[Arm]:
         "inception": ("CIFAR-10, Inception", INCEPTION),
     }
     if scale == "laptop":
-        bases = {"mlp": ("Fashion-MNIST, MLP", dataclasses.replace(LAPTOP, dropout_rate=0.5))}
+        bases = {
+            "mlp": ("Fashion-MNIST, MLP", dataclasses.replace(LAPTOP, dropout_rate=0.5)),
+            "cifarnet": (
+                "Fashion-MNIST, CifarNet",
+                dataclasses.replace(LAPTOP_CIFARNET, dropout_rate=0.5),
+            ),
+        }
     arms = []
     for network, (title, base) in bases.items():
         for percent in (0, 50):
