@@ -83,10 +83,9 @@ def mean_and_coherence(
     if not jax.tree.leaves(grads):
         return grads, jnp.zeros(())
     grouping = _inner_products.resolve_groups(grads, None)
-    sq_norms = _inner_products.squared_norms(stack, grouping)
-    dots = _inner_products.dots_with(stack, direction, grouping)
-    total = _inner_products.finite_sum(stack, sq_norms, grouping)
-    return _mean_and_coherence(total, dots, sq_norms, grads, axis_name)
+    products = _inner_products.stack_products(stack, grouping, 0, with_gram=False, past=direction)
+    total = _inner_products.finite_sum(stack, products.sq_norms, grouping)
+    return _mean_and_coherence(total, products.dots, products.sq_norms, grads, axis_name)
 
 
 def coherent_value_and_grad(

@@ -520,55 +520,96 @@ def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
     return squared_norms(jax.tree.map(lambda x: x[None], tree), grouping)[:, 0]
 
 
-# Entries of a stack that are taken at a time on CPU: 4 MiB in float32, which caches hold.
+# ------------------------------------------------ products of large leaves on one CPU device
+
+# Entries of a stack that a Gram matrix is made of at a time: 4 MiB in float32, which caches hold.
 _CHUNK = 1 << 20
+# Entries of a stack that are added up side by side, and how many such columns a pass of the loop
+# takes: 2 MiB in float32, which are read twice.
+_LANES = 1 << 16
+_UNROLL = 8
 
 
-def _columns(g: jax.Array, start: Any, width: int) -> jax.Array:
-    """`width` columns of g [rows, n], sliced as bits where XLA would slice another dtype.
+def _columns(g: jax.Array, start: Any, width: int, row: int | None = None) -> jax.Array:
+    """`width` columns of g [rows, n], or of one row, [1, n], in the accumulation dtype.
 
-    XLA's CPU backend slices no bfloat16: in a loop it first writes all of `g` out in float32.
+    XLA's CPU backend slices no bfloat16, and in a loop it would first write all of `g` out in
+    float32: those are sliced and converted as bits.
     """
-    if g.dtype != jnp.bfloat16:
-        return jax.lax.dynamic_slice_in_dim(g, start, width, axis=1)
-    # Without the barrier the bits, which do not change in the loop, are written out before it.
-    g, start = jax.lax.optimization_barrier((g, start))
-    bits = jax.lax.bitcast_convert_type(g, jnp.uint16)
-    columns = jax.lax.dynamic_slice_in_dim(bits, start, width, axis=1)
-    return jax.lax.bitcast_convert_type(columns, g.dtype)
+    dtype, bits = accumulation_dtype(g.dtype), None
+    if g.dtype == jnp.bfloat16:
+        # Without the barrier the bits, which do not change in the loop, are written out before it.
+        g, start = jax.lax.optimization_barrier((g, start))
+        g = bits = jax.lax.bitcast_convert_type(g, jnp.uint16)
+    rows = (0, g.shape[0]) if row is None else (row, 1)
+    columns = jax.lax.dynamic_slice(g, (rows[0], start), (rows[1], width))
+    if bits is None:
+        return columns.astype(dtype)
+    return jax.lax.bitcast_convert_type(columns.astype(jnp.uint32) << 16, dtype)
 
 
-def _by_chunks(products: Callable[..., PyTree], *leaves: jax.Array) -> PyTree:
-    """`products(*leaves)` of leaves [rows, *shape], a sum over all entries of `shape`.
+def _gram_by_chunks(g: jax.Array) -> jax.Array:
+    """Re⟨g_i, g_j⟩ of the rows of g [k, n]: [k, k]; XLA would write a bfloat16 `g` out before."""
+    width = max(_CHUNK // g.shape[0], 1)
 
-    On CPU every product would be a pass over memory of its own, with what they share written out
-    beforehand: there it is the sum of the products of chunks [rows, width].
+    def chunk(start: Any, width: int) -> jax.Array:
+        # Converted once for both readers, or each would convert anew.
+        columns = jax.lax.optimization_barrier(_columns(g, start, width))
+        return _contract(columns, columns, (1,))
+
+    n = g.shape[1]
+    total = jax.lax.fori_loop(
+        1, n // width, lambda i, total: total + chunk(i * width, width), chunk(0, width)
+    )
+    return total + chunk(n - n % width, n % width) if n % width else total
+
+
+def _dots_and_norms_by_lanes(
+    g: jax.Array, past: jax.Array | None, num_validation: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Re⟨v, g_i⟩ and |g_i|² of the rows of g [k, n], [k] each, and |v|², [1].
+
+    A loop adds up products of columns, which XLA makes one vectorised pass over memory of and one
+    over caches; reductions of the same are passes over memory each, on one core or with a copy.
+
+    Args:
+        g: [k, n].
+        past: the validation gradient [1, n]; none: the sum of the first `num_validation` rows.
+        num_validation: an int, or traced.
     """
-    rows = max(x.shape[0] for x in leaves)
-    width = max(_CHUNK // rows, 1)
+    lanes = max(_LANES // g.shape[0], 1)
+    width = _UNROLL * lanes
+    slots = static_int(num_validation)
 
-    def in_chunks(*leaves: jax.Array) -> PyTree:
-        flat = [x.reshape(x.shape[0], -1) for x in leaves]
-        n = flat[0].shape[1]
+    def validation(start: Any, width: int) -> jax.Array:
+        if past is not None:
+            return _columns(past, start, width)
+        if slots is None:
+            v = validation_gradient(_columns(g, start, width), num_validation)
+            return jax.lax.optimization_barrier(v)[None]
+        # Each row sliced from `g`: a slice of a slice is not vectorised.
+        return functools.reduce(jnp.add, (_columns(g, start, width, row) for row in range(slots)))
 
-        def chunk(start: Any, width: int) -> PyTree:
-            parts = [_columns(x, start, width) for x in flat]
-            # Converted once for all readers, or each would convert anew.
-            wide = [x.astype(accumulation_dtype(x.dtype)) for x in parts]
-            return products(*jax.lax.optimization_barrier(wide))
+    def products(start: Any, width: int) -> tuple[jax.Array, ...]:
+        x, v = _columns(g, start, width), validation(start, width)
+        return tuple(jnp.real(jnp.conj(a) * b) for a, b in ((v, x), (x, x), (v, v)))
 
-        def add(i: Any, total: PyTree) -> PyTree:
-            return jax.tree.map(jnp.add, total, chunk(i * width, width))
+    def add(i: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        for j in range(_UNROLL):
+            start = lanes + i * width + j * lanes
+            totals = jax.tree.map(jnp.add, totals, products(start, lanes))
+        return totals
 
-        total = jax.lax.fori_loop(1, n // width, add, chunk(0, width))
-        if n % width:
-            total = jax.tree.map(jnp.add, total, chunk(n - n % width, n % width))
-        return total
-
-    # Slices across shards would be gathered: with several devices XLA divides the work itself.
-    if max(x.size for x in leaves) < 2 * rows * width or jax.device_count() > 1:
-        return products(*leaves)
-    return jax.lax.platform_dependent(*leaves, cpu=in_chunks, default=products)
+    n = g.shape[1]
+    passes, left = divmod(n - lanes, width)
+    parts = [jax.lax.fori_loop(0, passes, add, products(0, lanes))]
+    if left:
+        parts.append(products(n - left, left))
+    sums = [[jnp.sum(x, axis=1) for x in part] for part in parts]
+    dots, sq_norms, validation_sq_norm = (
+        functools.reduce(jnp.add, x) for x in zip(*sums, strict=True)
+    )
+    return dots, sq_norms, validation_sq_norm
 
 
 def stack_products(
@@ -599,16 +640,26 @@ def stack_products(
         dots = _contract(g, v, tuple(range(v.ndim)))
         return dots, _square_sums(g), _square_sums(v[None]), *gram
 
+    def on_cpu(g: jax.Array, p: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        g, p = (None if x is None else x.reshape(x.shape[0], -1) for x in (g, p))
+        gram = (_gram_by_chunks(g),) if with_gram else ()
+        return gram if all_in_gram else (*_dots_and_norms_by_lanes(g, p, num_validation), *gram)
+
+    def of_leaf(g: jax.Array | Factored, *p: jax.Array) -> tuple[jax.Array, ...]:
+        if isinstance(g, Factored):
+            return factored(g)
+        # Slices across shards would be gathered: with several devices XLA divides the work itself.
+        if g.size < 2 * _CHUNK or jax.device_count() > 1:
+            return products(g, *p)
+        return jax.lax.platform_dependent(g, *p, cpu=on_cpu, default=products)
+
     def factored(g: Factored) -> tuple[jax.Array, ...]:
         dots = _factored_dots_among(g, num_validation)
         return dots, _square_sums(g), jnp.maximum(jnp.sum(dots[:num_validation]), 0)[None]
 
     stacks = jax.tree.leaves(grads)
     pasts = [(p[None],) for p in jax.tree.leaves(past)] if past is not None else [()] * len(stacks)
-    parts = [
-        factored(g) if isinstance(g, Factored) else _by_chunks(products, g, *p)
-        for g, p in zip(stacks, pasts, strict=True)
-    ]
+    parts = [of_leaf(g, *p) for g, p in zip(stacks, pasts, strict=True)]
     sums = [_sum_by_group(list(part), grouping) for part in zip(*parts, strict=True)]
     if not all_in_gram:
         dots, sq_norms, validation_sq_norm, *gram = sums

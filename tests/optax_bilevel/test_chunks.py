@@ -14,6 +14,7 @@ from tests.optax_bilevel.problems import stack_of
 def chunks_of_16(monkeypatch):
     """k = 4 mini-batches, 16 entries of each at a time, as on a machine of one device."""
     monkeypatch.setattr(_inner_products, "_CHUNK", 64)
+    monkeypatch.setattr(_inner_products, "_LANES", 8)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
