@@ -104,6 +104,15 @@ def candidates(loss_fn: Callable[..., Any]) -> dict[str, Candidate]:
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
         return total
 
+    def accumulate_weighted(params: PyTree, batches: PyTree) -> PyTree:
+        # The least that any such rule must do, in whatever order and memory XLA likes.
+        first = total = grad(params, one_of(batches, 0))[1]
+        for i in range(1, len(batches["label"])):
+            _, grads = grad(params, one_of(batches, i))
+            omega = optax.tree.vdot(first, grads) / (optax.tree.norm(grads, squared=True) + 0.01)
+            total = optax.tree.add_scale(total, omega, grads)
+        return total
+
     def streaming(chunk_size: int | None) -> Candidate:
         step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True, chunk_size=chunk_size)
         return _candidate(lambda params, batches: step(params, batches)[1])
@@ -127,6 +136,7 @@ def candidates(loss_fn: Callable[..., Any]) -> dict[str, Candidate]:
     rule = optax_bilevel.bilevel_reweight()
     return {
         "accumulate": _candidate(accumulate),
+        "accumulate_weighted": _candidate(accumulate_weighted),
         "big_batch": _candidate(big_batch),
         "streaming": streaming(None),
         "streaming_by_1": streaming(1),
