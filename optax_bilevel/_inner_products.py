@@ -565,7 +565,7 @@ def _gram_by_chunks(g: jax.Array) -> jax.Array:
 
 
 def _dots_and_norms_by_lanes(
-    g: jax.Array, past: jax.Array | None, num_validation: Any
+    g: jax.Array, num_validation: Any, past: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Re⟨v, g_i⟩ and |g_i|² of the rows of g [k, n], [k] each, and |v|², [1].
 
@@ -574,8 +574,8 @@ def _dots_and_norms_by_lanes(
 
     Args:
         g: [k, n].
-        past: the validation gradient [1, n]; none: the sum of the first `num_validation` rows.
-        num_validation: an int, or traced.
+        num_validation: an int, or traced: the first rows, whose sum is v.
+        past: v itself, [1, n].
     """
     lanes = max(_LANES // g.shape[0], 1)
     width = _UNROLL * lanes
@@ -640,10 +640,10 @@ def stack_products(
         dots = _contract(g, v, tuple(range(v.ndim)))
         return dots, _square_sums(g), _square_sums(v[None]), *gram
 
-    def on_cpu(g: jax.Array, p: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        g, p = (None if x is None else x.reshape(x.shape[0], -1) for x in (g, p))
+    def on_cpu(*leaves: jax.Array) -> tuple[jax.Array, ...]:
+        g, *p = (x.reshape(x.shape[0], -1) for x in leaves)
         gram = (_gram_by_chunks(g),) if with_gram else ()
-        return gram if all_in_gram else (*_dots_and_norms_by_lanes(g, p, num_validation), *gram)
+        return gram if all_in_gram else (*_dots_and_norms_by_lanes(g, num_validation, *p), *gram)
 
     def of_leaf(g: jax.Array | Factored, *p: jax.Array) -> tuple[jax.Array, ...]:
         if isinstance(g, Factored):
