@@ -348,13 +348,13 @@ def advance(
         labels, true = problem.dataset.train.labels[indices], problem.true[indices]
         # NumPy's arrays: the call takes them in less time than jax.device_put would.
         raw = RawBatch(images, labels, true, indices)
-        to_device = "allow"
+        guard = jax.transfer_guard_device_to_host
     else:
         own = indices[program.layout.part(indices.shape)]
         labels, true = problem.dataset.train.labels[own], problem.true[own]
         raw = program.layout.place(RawBatch(images, labels, true, own), indices.shape)
-        to_device = "disallow"
-    with jax.transfer_guard("disallow"), jax.transfer_guard_host_to_device(to_device):
+        guard = jax.transfer_guard
+    with guard("disallow"):
         return program.step(state, raw, key), waited
 
 
