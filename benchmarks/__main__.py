@@ -114,7 +114,8 @@ def _alignment(options: Benchmarks, console: Console) -> Figures:
 
 
 def _loop(options: Benchmarks, console: Console) -> Figures:
-    figures = loop.overhead(rounds=max(options.rounds, 7))
+    # Many, of a fifth of a second each: what is looked for is a few hundredths of what is timed.
+    figures = loop.overhead(rounds=5 * options.rounds)
     return {"loop": figures, "loop_overhead": figures["overhead"]}
 
 
