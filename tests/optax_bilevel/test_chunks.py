@@ -1,4 +1,4 @@
-"""Large leaves on one CPU device are read in chunks: the same products."""
+"""Large leaves on one CPU device are read in pieces: the same products."""
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +12,28 @@ from tests.optax_bilevel.problems import stack_of
 
 @pytest.fixture
 def chunks_of_16(monkeypatch):
-    """k = 4 mini-batches, 16 entries of each at a time, as on a machine of one device."""
+    """k = 4 mini-batches, 16 entries of each at a time, 2 side by side, as on one device."""
     monkeypatch.setattr(_inner_products, "_CHUNK", 64)
     monkeypatch.setattr(_inner_products, "_LANES", 8)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
-def products(leaves, num_validation=1, with_gram=False, past=None):
+def products(leaves, num_validation=1, with_gram=False, past=None, traced=None):
     grouping = _inner_products.resolve_groups(leaves, None)
 
     @jax.jit
-    def compute(leaves, past):
+    def compute(leaves, past, traced):
+        slots = num_validation if traced is None else traced
         return _inner_products.stack_products(
-            leaves, grouping, num_validation, with_gram=with_gram, past=past
+            leaves, grouping, slots, with_gram=with_gram, past=past
         )
 
-    text = compute.lower(leaves, past).as_text()
-    return compute(leaves, past), "stablehlo.while" in text
+    text = compute.lower(leaves, past, traced).as_text()
+    return compute(leaves, past, traced), "stablehlo.while" in text
 
 
 @pytest.mark.usefixtures("chunks_of_16")
-@pytest.mark.parametrize("validation", [1, 2, "past"])
+@pytest.mark.parametrize("validation", [1, 2, "traced", "past"])
 @pytest.mark.parametrize("with_gram", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
 @pytest.mark.parametrize("shape", [(32,), (3, 4, 9)])
@@ -44,8 +45,10 @@ def test_same_products_as_in_float64(shape, dtype, with_gram, validation):
         past = [oracle.widen(stack_of(1, [shape], 1, dtype)[0])[0].astype(wide)]
         v, slots = past[0].reshape(-1), 0
     else:
-        past, v, slots = None, g[:validation].sum(0), validation
-    result, chunked = products([jnp.asarray(x) for x in leaves], slots, with_gram, past)
+        slots = 2 if validation == "traced" else validation
+        past, v = None, g[:slots].sum(0)
+    traced = jnp.int32(slots) if validation == "traced" else None
+    result, chunked = products([jnp.asarray(x) for x in leaves], slots, with_gram, past, traced)
     assert chunked
     norms = np.linalg.norm(g, axis=1)
     reach = np.linalg.norm(v) * norms
