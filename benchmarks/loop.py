@@ -8,11 +8,14 @@ import time
 import jax
 
 from train import data, demo, trainer
-from train.program import RawBatch
+from train.program import Program, RawBatch
 
 
 def overhead(epochs: int = 20, rounds: int = 7) -> dict[str, float]:
     """Seconds per step of the loop and of the compiled step alone, and their ratio minus one.
+
+    Between the two, for what the difference is made of: `handed_over`, the step on an epoch's
+    batches of NumPy's arrays, and `python`, the loop with a step that does nothing.
 
     Both run the demo's config with the paper's rule: the loop with its sampler, gathering, transfer
     and dispatch; the step on an epoch's batches that are on the device already. Evaluation and
@@ -24,28 +27,35 @@ def overhead(epochs: int = 20, rounds: int = 7) -> dict[str, float]:
     steps = epochs * problem.order.steps_per_epoch
     key = jax.random.key(0)
     train = problem.dataset.train
-    epoch = [
-        jax.device_put(RawBatch(train.read(i), train.labels[i], problem.true[i], i))
-        for i in problem.order.epoch(0)
+    on_host = [
+        RawBatch(train.read(i), train.labels[i], problem.true[i], i) for i in problem.order.epoch(0)
     ]
+    on_device = jax.device_put(on_host)
+    nothing = dataclasses.replace(program, step=lambda state, raw, key: state)
 
-    def loop() -> None:
+    def loop(program: Program = program) -> None:
         batches = iter(data.batches(train, problem.order, num_steps=steps))
         state = program.init(key)
         for _ in range(steps):
             state, _ = trainer.advance(program, problem, batches, state, key)
         jax.block_until_ready(state)
 
-    def bare() -> None:
+    def step(batches: list[RawBatch] = on_device) -> None:
         state = program.init(key)
-        for _, raw in itertools.product(range(epochs), epoch):
+        for _, raw in itertools.product(range(epochs), batches):
             state = program.step(state, raw, key)
         jax.block_until_ready(state)
 
-    seconds: dict[str, list[float]] = {"loop": [], "step": []}
+    timed = {
+        "loop": loop,
+        "step": step,
+        "handed_over": lambda: step(on_host),
+        "python": lambda: loop(nothing),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
     loop()  # compiles
     for _ in range(rounds):
-        for name, function in (("loop", loop), ("step", bare)):
+        for name, function in timed.items():
             started = time.perf_counter()
             function()
             seconds[name].append((time.perf_counter() - started) / steps)

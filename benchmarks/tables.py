@@ -134,6 +134,14 @@ def loop(summary: Summary) -> str:
             ("the compiled step alone", f"{1e3 * figures['step']:.3f} ms"),
             ("the loop", f"{1e3 * figures['loop']:.3f} ms"),
             ("beyond the step", f"{100 * figures['overhead']:.1f}%"),
+            *(
+                (said, f"{1e3 * figures[name]:.3f} ms")
+                for name, said in (
+                    ("handed_over", "the step, taking NumPy's arrays"),
+                    ("python", "the loop with a step that does nothing"),
+                )
+                if name in figures  # older figures lack them
+            ),
         ),
     )
 
