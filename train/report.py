@@ -362,6 +362,7 @@ def _table(rows: list[Row]) -> Table:
 
 _SUMMARY = "Test, last epoch; in bold the best of those on the same labels."
 _ALL = "All figures of every arm"
+_COMMANDS = "The command of every arm"
 
 
 def _summary_table(panel: Panel, rows: list[Row]) -> Table | None:
@@ -414,6 +415,9 @@ def markdown(sections: list[Section]) -> str:
                 lines += ["", _SUMMARY, "", *_markdown_table(summary)]
                 lines += ["", f"<details><summary>{_ALL}</summary>", "", *_markdown_table(every)]
                 lines += ["", "</details>"]
+            commands = dict.fromkeys(row.command for row in rows)
+            lines += ["", f"<details><summary>{_COMMANDS}</summary>", "", "```text", *commands]
+            lines += ["```", "", "</details>"]
     return "\n".join(lines) + "\n"
 
 
@@ -495,7 +499,7 @@ def _page(sections: list[Section], figures: dict[str, list[str]]) -> str:
             else:
                 body.append(f'<p class="soft">{_SUMMARY}</p>{_html_table(summary)}')
                 body.append(f"<details><summary>{_ALL}</summary>{_html_table(every)}</details>")
-        body.append("<details><summary>The command of every arm</summary>")
+        body.append(f"<details><summary>{_COMMANDS}</summary>")
         for row in section.rows:
             commands = dict.fromkeys((row.command, row.run_command))
             body.append(f"<h3>{escape(row.arm.label)}</h3>")

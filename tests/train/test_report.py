@@ -84,10 +84,12 @@ def test_the_page_needs_nothing_else(done):
 @pytest.mark.slow
 def test_the_page_has_the_command_of_every_arm(done):
     page = html.unescape((done / "out" / "index.html").read_text())
+    markdown = (done / "out" / "report.md").read_text().splitlines()
     for label in ("noisy-uniform", "noisy-bilevel", "k2", "k4", "k4-noisy"):
         seeds = "0 1" if label.startswith("noisy") else "0"
         command = f"python -m train experiment table1 --scale laptop --only {label} --seeds {seeds}"
         assert f"<pre>{command}</pre>" in page
+        assert command in markdown
         assert f"--out {done / 'runs' / 'table1-laptop' / label}-s0" in page
     assert re.search(rf"--mu 0\.5 .*--out {re.escape(str(done / 'runs' / 'single'))}", page)
     assert "About <it>." in page
