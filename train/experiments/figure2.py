@@ -45,12 +45,16 @@ MUS = (0.0001, 0.01, 1.0, 100.0)
 
 def _arms(scale: Scale) -> list[Arm]:
     if scale == "laptop":
-        of_cifarnet = _rows(LAPTOP_CIFARNET, scale, "CifarNet", "cifarnet-", 50)
-        count = "k"  # the row that matters most: a run of CifarNet takes minutes
         return [
-            *_rows(LAPTOP, scale, "MLP", "", 0),
-            *_rows(LAPTOP, scale, "MLP", "", 50),
-            *(arm for arm in of_cifarnet if arm.panel.x == count),
+            arm
+            for network, base, prefix in (
+                ("MLP", LAPTOP, ""),
+                ("CifarNet", LAPTOP_CIFARNET, "cifarnet-"),
+            )
+            for percent in (0, 50)
+            for arm in _rows(base, scale, network, prefix, percent)
+            # A run of CifarNet takes minutes: of its rows there is the one that matters most.
+            if network == "MLP" or arm.panel.x == "k"
         ]
     return [
         arm
