@@ -150,7 +150,7 @@ def run(choice: Choice, console: Console) -> dict[str, Any]:
 
 def write_summary(choice: Choice) -> dict[str, Any]:
     """Sums up the finished runs of all arms of the experiment and writes ``summary.json``."""
-    everything = dataclasses.replace(choice, only=())
+    everything = dataclasses.replace(choice, only=(), changes={})  # which may not suit all arms
     summary = {}
     for arm in everything.arms():
         finished = outcomes(everything, arm)
