@@ -536,16 +536,16 @@ def _columns(g: jax.Array, start: Any, width: int, row: int | None = None) -> ja
     XLA's CPU backend slices no bfloat16, and in a loop it would first write all of `g` out in
     float32: those are sliced and converted as bits.
     """
-    dtype, bits = accumulation_dtype(g.dtype), None
-    if g.dtype == jnp.bfloat16:
+    dtype, as_bits = accumulation_dtype(g.dtype), g.dtype == jnp.bfloat16
+    if as_bits:
         # Without the barrier the bits, which do not change in the loop, are written out before it.
         g, start = jax.lax.optimization_barrier((g, start))
-        g = bits = jax.lax.bitcast_convert_type(g, jnp.uint16)
-    rows = (0, g.shape[0]) if row is None else (row, 1)
-    columns = jax.lax.dynamic_slice(g, (rows[0], start), (rows[1], width))
-    if bits is None:
-        return columns.astype(dtype)
-    return jax.lax.bitcast_convert_type(columns.astype(jnp.uint32) << 16, dtype)
+        g = jax.lax.bitcast_convert_type(g, jnp.uint16)
+    first, rows = (0, g.shape[0]) if row is None else (row, 1)
+    columns = jax.lax.dynamic_slice(g, (first, start), (rows, width))
+    if as_bits:
+        return jax.lax.bitcast_convert_type(columns.astype(jnp.uint32) << 16, dtype)
+    return columns.astype(dtype)
 
 
 def _gram_by_chunks(g: jax.Array) -> jax.Array:

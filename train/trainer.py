@@ -344,13 +344,13 @@ def advance(
     before = time.monotonic()
     indices, images = next(batches)
     waited = time.monotonic() - before
-    if program.layout is None:
-        labels, true = problem.dataset.train.labels[indices], problem.true[indices]
+    layout = program.layout
+    own = indices if layout is None else indices[layout.part(indices.shape)]
+    raw = RawBatch(images, problem.dataset.train.labels[own], problem.true[own], own)
+    if layout is None:
         # NumPy's arrays: the call takes them in less time than jax.device_put would.
-        return program.step(state, RawBatch(images, labels, true, indices), key), waited
-    own = indices[program.layout.part(indices.shape)]
-    labels, true = problem.dataset.train.labels[own], problem.true[own]
-    raw = program.layout.place(RawBatch(images, labels, true, own), indices.shape)
+        return program.step(state, raw, key), waited
+    raw = layout.place(raw, indices.shape)
     with jax.transfer_guard("disallow"):  # between devices it would be hidden, and slow
         return program.step(state, raw, key), waited
 

@@ -45,28 +45,21 @@ MUS = (0.0001, 0.01, 1.0, 100.0)
 
 
 def _arms(scale: Scale) -> list[Arm]:
+    bases: dict[str, Config] = {"CifarNet": CIFARNET, "Inception": INCEPTION}
     if scale == "laptop":
-        return [
-            arm
-            for network, base, prefix in (
-                ("MLP", LAPTOP, ""),
-                ("CifarNet", LAPTOP_CIFARNET, "cifarnet-"),
-            )
-            for percent in (0, 50)
-            for arm in _rows(base, scale, network, prefix, percent)
-            # A run of CifarNet takes minutes: of its rows there is the one that matters most.
-            if network == "MLP" or arm.panel.x == "k"
-        ]
+        bases = {"MLP": LAPTOP, "CifarNet": LAPTOP_CIFARNET}
     return [
         arm
-        for network, base in (("CifarNet", CIFARNET), ("Inception", INCEPTION))
+        for network, base in bases.items()
         for percent in (0, 50)
-        for arm in _rows(base, scale, network, f"{network.lower()}-", percent)
+        for arm in _rows(noisy(base, percent / 100), scale, network, percent)
+        # There a run takes minutes: of the rows the one that matters most.
+        if base is not LAPTOP_CIFARNET or arm.panel.x == "k"
     ]
 
 
-def _rows(base: Config, scale: Scale, network: str, prefix: str, percent: int) -> list[Arm]:
-    base = noisy(base, percent / 100)
+def _rows(base: Config, scale: Scale, network: str, percent: int) -> list[Arm]:
+    prefix = "" if network == "MLP" else f"{network.lower()}-"
     total = base.k * base.b
     of_labels = "50% wrong labels" if percent else "clean labels"
 
