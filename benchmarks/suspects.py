@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from train import data, sampler, suspects, trainer
+from train import sampler, suspects, trainer
 from train.config import Config
 from train.demo import Demo
 from train.run_directory import environment, write_json
@@ -92,9 +92,9 @@ def cross_validated(config: Config, problem: trainer.Problem) -> dict[int, np.nd
         program = trainer.build_program(config, smaller)
         state = program.init(jax.random.key(config.seed))
         steps = config.epochs * smaller.order.steps_per_epoch
-        batches = iter(data.batches(part, smaller.order, num_steps=steps))
+        batches = trainer.feed(program, smaller, 0, steps)
         for step in range(1, steps + 1):
-            state, _ = trainer.advance(program, smaller, batches, state, jax.random.key(1))
+            state, _ = trainer.advance(program, batches, state, jax.random.key(1))
             epoch, rest = divmod(step, smaller.order.steps_per_epoch)
             if epoch in stops and not rest:
                 scores = trainer.predict(program, state, train.take(left_out))

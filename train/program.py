@@ -100,13 +100,39 @@ class RawBatch(NamedTuple):
     indices: Any = None
 
 
+class Resident(NamedTuple):
+    """A training set on the device, where the steps of an epoch take their batches themselves.
+
+    Attributes:
+        images: uint8 [n, h, w, c].
+        labels: given labels, int32 [n] or [n, classes].
+        true: true labels, likewise.
+        order: which examples each step of the epoch takes, int32 [steps_per_epoch, k, b].
+    """
+
+    images: Any
+    labels: Any
+    true: Any
+    order: Any
+
+    def batch(self, step: jax.Array) -> RawBatch:
+        """What the step of that number takes; the number counts over all epochs."""
+        indices = self.order[step % len(self.order)]
+        images, labels, true = (
+            whole.at[indices].get(mode="promise_in_bounds")
+            for whole in (self.images, self.labels, self.true)
+        )
+        return RawBatch(images, labels, true, indices)
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """The functions of a run; the same for all its seeds.
 
     Attributes:
         init: ``key -> State``.
-        step: ``(state, raw_batch, key) -> state``; donates the state.
+        step: ``(state, raw_batch, key) -> state``; donates the state. On one device a `Resident`
+            may stand for the batch.
         predict: ``(params, batch_stats, images uint8 [n, h, w, c], key) -> scores [n, classes]``,
             log-probabilities (several labels: probabilities), averaged over views; with
             ``dropout=True`` dropout stays on.
@@ -249,7 +275,8 @@ def _build(
             failed=jnp.full((), -1, jnp.int32),
         )
 
-    def step(state: State, raw: RawBatch, key: jax.Array) -> State:
+    def step(state: State, raw: RawBatch | Resident, key: jax.Array) -> State:
+        raw = raw.batch(state.step) if isinstance(raw, Resident) else raw
         k, b = raw.labels.shape[:2]
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         augmented = jax.vmap(jax.vmap(preset.train))

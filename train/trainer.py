@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import resource
@@ -19,11 +20,12 @@ from train import data, distributed, mesh, noise, sampler
 from train.checkpoints import Checkpoints
 from train.config import Config, ConfigError
 from train.mesh import Layout
-from train.program import Program, RawBatch, State, build
+from train.program import Program, RawBatch, Resident, State, build
 from train.run_directory import RunDirectory, RunDirectoryError, write_json
 
 EVALUATED_TRAINING_EXAMPLES = 5000
 _EVALUATION_BATCH = 500
+_RESIDENT_BYTES = 2**28  # of training images that are copied to the device; CIFAR-10's are 0.57
 _AGREE_EVERY = 32  # steps between asking the first process whether it is time for a checkpoint
 
 # Streams of random numbers, apart from each other for every seed.
@@ -259,10 +261,8 @@ def _loop(
     num_steps = config.epochs * steps_per_epoch
     key = jax.random.key(config.seed)
     init_key, step_key = (jax.random.fold_in(key, stream) for stream in (_INIT, _STEPS))
-    part: Any = ()
     if program.layout is not None:
         init_key, step_key = program.layout.copy((init_key, step_key))
-        part = program.layout.part((config.k, config.b))
 
     state = program.init(init_key)
     restored = checkpoints.restore(state)
@@ -276,12 +276,9 @@ def _loop(
     seconds_before = history[-1]["seconds"] if history else 0.0
     part_started, part_steps, waited = started, 0, 0.0  # of the epoch at hand, by this process
 
-    batches = data.batches(
-        problem.dataset.train, problem.order, first_step=step, num_steps=num_steps, part=part
-    )
-    with contextlib.closing(_iterator(batches)) as batches:
+    with contextlib.closing(feed(program, problem, step, num_steps)) as batches:
         while step < num_steps:
-            state, seconds = advance(program, problem, batches, state, step_key)
+            state, seconds = advance(program, batches, state, step_key)
             waited += seconds
             step += 1
             part_steps += 1
@@ -321,10 +318,6 @@ def _loop(
     return history
 
 
-def _iterator(batches: Any) -> Generator[Any]:
-    yield from batches
-
-
 def _keep_labels(file: pathlib.Path, problem: Problem) -> None:
     """Writes the labels of a run that starts; one that goes on must have those that it had."""
     labels = problem.dataset.train.labels, problem.true
@@ -337,22 +330,45 @@ def _keep_labels(file: pathlib.Path, problem: Problem) -> None:
         )
 
 
+def feed(
+    program: Program, problem: Problem, first_step: int, num_steps: int
+) -> Generator[RawBatch | Resident]:
+    """What the steps ``first_step .. num_steps - 1`` of a run are given, one after the other.
+
+    One device keeps the whole training set if its images are in memory and take at most 256 MiB;
+    then only the order of each epoch is handed over. Else every step's batch is.
+    """
+    train, order, layout = problem.dataset.train, problem.order, program.layout
+    images = train.images
+    if layout is None and isinstance(images, np.ndarray) and images.nbytes <= _RESIDENT_BYTES:
+        images, labels, true = jax.device_put((images, train.labels, problem.true))
+        n = order.steps_per_epoch
+        for epoch in range(first_step // n, -(-num_steps // n)):
+            resident = Resident(images, labels, true, jax.device_put(order.epoch(epoch)))
+            steps = range(max(first_step, epoch * n), min(num_steps, (epoch + 1) * n))
+            yield from itertools.repeat(resident, len(steps))
+        return
+    part: Any = () if layout is None else layout.part((order.k, order.b))
+    steps: Any = data.batches(train, order, first_step=first_step, num_steps=num_steps, part=part)
+    with contextlib.closing(steps):
+        for indices, images in steps:
+            own = indices[part]
+            raw = RawBatch(images, train.labels[own], problem.true[own], own)
+            # On one device as NumPy's arrays: the step takes them in less time than device_put.
+            yield raw if layout is None else layout.place(raw, indices.shape)
+
+
 def advance(
-    program: Program, problem: Problem, batches: Iterator[Any], state: State, key: jax.Array
+    program: Program, batches: Iterator[RawBatch | Resident], state: State, key: jax.Array
 ) -> tuple[State, float]:
-    """Does one step, without waiting for it; also returns the seconds waited for its images."""
+    """Does one step, without waiting for it; also returns the seconds waited for its batch."""
     before = time.monotonic()
-    indices, images = next(batches)
+    batch = next(batches)
     waited = time.monotonic() - before
-    layout = program.layout
-    own = indices if layout is None else indices[layout.part(indices.shape)]
-    raw = RawBatch(images, problem.dataset.train.labels[own], problem.true[own], own)
-    if layout is None:
-        # NumPy's arrays: the call takes them in less time than jax.device_put would.
-        return program.step(state, raw, key), waited
-    raw = layout.place(raw, indices.shape)
+    if program.layout is None:
+        return program.step(state, batch, key), waited
     with jax.transfer_guard("disallow"):  # between devices it would be hidden, and slow
-        return program.step(state, raw, key), waited
+        return program.step(state, batch, key), waited
 
 
 def _check_finite(state: State) -> None:

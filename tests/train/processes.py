@@ -88,8 +88,8 @@ def _run(args: list[str], file: pathlib.Path, devices: int, at_step: Any) -> Non
         step, signum = at_step
         advance = trainer.advance
 
-        def advance_and_send(program: Any, problem: Any, batches: Any, state: Any, key: Any) -> Any:
-            result = advance(program, problem, batches, state, key)
+        def advance_and_send(*args: Any) -> Any:
+            result = advance(*args)
             if int(result[0].step) == step:
                 os.kill(os.getpid(), signum)
                 time.sleep(0.2 if signum != signal.SIGKILL else 60)

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.train import tiny
 from train import data, noise, sampler, trainer
 from train.config import Config, ConfigError
+from train.program import RawBatch, Resident
 from train.run_directory import RunDirectory, RunDirectoryError, read_metrics
 from train.trainer import Interrupted, NotFiniteError
 
@@ -228,6 +229,22 @@ def test_what_a_method_carries_is_in_the_checkpoint(tmp_path, method):
         assert carried.params["channel"].shape == (10, 10)
     run(config, stopped)
     assert_same_run(stopped, reference, config)
+
+
+def test_images_that_are_not_kept_on_the_device_train_to_the_same_bits(
+    finished_random, tmp_path, monkeypatch
+):
+    problem, program = tiny.build(RANDOM)
+    size = problem.dataset.train.images.nbytes
+    kinds = []
+    for kept in (size, size - 1):
+        monkeypatch.setattr(trainer, "_RESIDENT_BYTES", kept)
+        kinds += [type(batch) for batch in trainer.feed(program, problem, 5, 12)]
+    assert kinds == [Resident] * 7 + [RawBatch] * 7
+    with pytest.raises(Interrupted):
+        run(RANDOM, tmp_path, on_step=interrupt_at(6))
+    run(RANDOM, tmp_path)
+    assert_same_run(tmp_path, finished_random, RANDOM)
 
 
 def test_a_run_can_be_interrupted_at_every_step(finished, tmp_path):
