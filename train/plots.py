@@ -18,6 +18,7 @@ Runs = dict[str, list[list[dict[str, Any]]]]  # method -> seeds -> lines of metr
 
 STYLES = {
     "sgd": ("SGD, whole batch", "#888888", "--"),
+    "sgd_random": ("SGD, random batches", "#333333", ":"),
     "uniform": ("uniform control", "#d55e00", "-"),
     "bilevel": ("bilevel, eq. (10)", "#0072b2", "-"),
     "bilevel_exact": ("bilevel, eq. (8)", "#009e73", "-"),

@@ -78,6 +78,7 @@ class Experiment:
 # of keeping a unit (Arpit et al., 2017).
 METHODS: dict[str, dict[str, Any]] = {
     "sgd": {"method": "sgd"},
+    "sgd_random": {"method": "sgd", "sampling": "random"},
     "uniform": {"method": "uniform"},
     "label_smoothing": {"method": "label_smoothing"},
     "dropout": {"method": "sgd", "dropout_rate": 0.7},
@@ -90,8 +91,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "bilevel_exact": {"method": "bilevel_exact"},
     "bilevel_mixup": {"method": "bilevel_mixup"},
 }
-ABLATED = ("sgd", "uniform", "bilevel", "bilevel_exact")
-"""The paper's two, and beside them the control and eq. (8)."""
+ABLATED = ("sgd", "sgd_random", "uniform", "bilevel", "bilevel_exact")
+"""The paper's two, and beside them SGD on random batches, the control and eq. (8).
+
+`sgd` takes the examples that the k mini-batches of a step hold together, k of each label drawn;
+the paper does not say how its SGD draws them.
+"""
 
 
 def compare(

@@ -10,7 +10,8 @@ and falls a little on clean labels; and that μ has no significant influence.
 
 Scale paper (section 5.1): CIFAR-10, CifarNet and Inception, clean and 50% wrong labels, 200
 epochs; 8 × 16 but where it is varied; k at a fixed total of 128 images a step; the mini-batch size
-at k = 8, with as many visits of each image. 112 runs; needs a GPU.
+at k = 8, with as many visits of each image. 112 runs, about 32 hours on a
+GPU of 10 TFLOP/s, by the estimate of --dry-run.
 
 Scale laptop: the MLP of figure 3 on 4,000 images of Fashion-MNIST, 8 × 8; k at a fixed total of
 64; and that row with figure 3's CifarNet. Two CPU cores: 10 to 40 s a run of the MLP (two minutes

@@ -18,8 +18,8 @@ The pair in brackets repeats CifarNet's of the same row, very likely a copying e
 taken as a target.
 
 Scale paper (section 5.1): 200 epochs of 8 mini-batches of 16, μ = 0.01, λ = 1; CifarNet at
-learning rate 0.01 without augmentation, Inception at 0.1 with; × 0.95 per epoch. 32 runs; needs a
-GPU.
+learning rate 0.01 without augmentation, Inception at 0.1 with; × 0.95 per epoch. 32 runs, about 8
+hours on a GPU of 10 TFLOP/s, by the estimate of --dry-run.
 
 Scale laptop: figure 3's MLP and CifarNet with dropout 0.5, 8 × 8, on 4,000 and 1,000 images of
 Fashion-MNIST. Two CPU cores: 10 to 25 s a run of the MLP, 5 minutes one of CifarNet; 96 runs.
@@ -27,7 +27,7 @@ Fashion-MNIST. Two CPU cores: 10 to 25 s a run of the MLP, 5 minutes one of Cifa
 Measured here, test accuracy after the last epoch (all of it: docs/results/tables.md):
 With half of the labels wrong the baseline ends at 68.1%, a at 11.1, b 69.7, c 36.0, d 72.6, the
 uniform control at 72.3, SGD at 75.4: with this dropout the MLP memorises nothing. CifarNet does:
-SGD 57.4, the baseline 61.5, a 10.2, b 63.5, c 65.0, d 64.7, one seed.
+SGD 57.4, uniform 62.5, the baseline 61.5, a 10.2, b 63.5, c 65.0, d 64.7, one seed.
 """
 
 import dataclasses

@@ -21,10 +21,11 @@ trained with the same network and recipe.
 
 Scale paper: CIFAR-10 and CIFAR-100, PreActResNet-18 and the recipe of the mixup comparison:
 learning rate 0.1, ÷ 10 at half and at three quarters of 200 epochs, momentum 0.9, weight decay
-1e-4, 128 images a step (8 × 16), crops and flips. 24 runs; needs a GPU.
+1e-4, 128 images a step (8 × 16), crops and flips. 26 runs, about 26 hours
+on a GPU of 10 TFLOP/s, by the estimate of --dry-run.
 
 Scale laptop: figure 3's arms at 40%, whose runs it shares, and the methods that figure 3 leaves
-out. Two CPU cores: 10 to 25 s a run; 36 runs, 27 of them figure 3's.
+out. Two CPU cores: 10 to 25 s a run; 39 runs, 30 of them figure 3's.
 
 Measured here, test accuracy after the last epoch (all of it: docs/results/tables.md):
 At 40% SGD ends at 75.6%, eq. (10) at 78.7, eq. (8) 79.4, mixup 80.4, bilevel + mixup 80.5.

@@ -13,12 +13,12 @@ The given labels are the predictions of a trained network on its training set wi
 its run directory.
 
 Scale paper: ImageNet, AlexNet from scratch. The paper gives no schedule: 90 epochs of 8
-mini-batches of 32, learning rate 0.01, ÷ 10 at half and at three quarters, weight decay 5e-4. 9
-runs; needs a GPU and 150 GB of disk.
+mini-batches of 32, learning rate 0.01, ÷ 10 at half and at three quarters, weight decay 5e-4. 11
+runs, about 7 days on a GPU of 10 TFLOP/s, by the estimate of --dry-run; 150 GB of disk.
 
 Scale laptop: Fashion-MNIST, the MLP of figure 3. The teacher's dropout is set so that it mislabels
 as much as the paper's: with seeds 0, 1 and 2 43.5, 44.8 and 43.0% of the labels are wrong; the
-report gives the share of every arm. Two CPU cores: 5 to 25 s a run; 27 runs.
+report gives the share of every arm. Two CPU cores: 5 to 25 s a run; 33 runs.
 
 Measured here, test accuracy after the last epoch (all of it: docs/results/tables.md):
 SGD ends at 63.7%, uniform 63.6, eq. (10) 66.3, eq. (8) 66.1 on the teacher's labels, and at 85.0,
