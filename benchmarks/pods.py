@@ -6,44 +6,36 @@ path before JAX starts.
 """
 
 import concurrent.futures
-import functools
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-import models
-import optax_bilevel
 from benchmarks import traffic
+from train import mesh
+from train.config import Config
+from train.program import RawBatch, build
 
-PyTree = Any
-
+IMAGES = 1_281_167  # of ImageNet's training split
 IMAGES_PER_CHIP = 32
-IMAGE = (224, 224, 3)
-CLASSES = 1000
-_AXES = ("batch", "example")
 
 
 class Pod(NamedTuple):
-    """A TPU v5e topology, how many mini-batches a step has there, and which step it is."""
+    """A TPU v5e topology, how many mini-batches a step has there, and the training method."""
 
     topology: str
     k: int
-    form: str = "bilevel"
+    method: str = "bilevel"
 
 
 PODS = {f"v5e_{topology}_k{k}": Pod(topology, k) for topology in ("4x4", "16x16") for k in (8, 32)}
@@ -67,12 +59,12 @@ def measure(names: Sequence[str], processes: int = 2) -> dict[str, dict[str, Any
         processes: how many compilations may run at a time.
 
     Returns:
-        For each name ``{"sgd": …, "bilevel": …}``, or the form that it is, as `compile_step` gives
-        them, "traffic_vs_sgd" (a ratio of bytes), and "extra_gradients": how many gradients' worth
-        of memory per chip the step needs beyond SGD.
+        For each name ``{"sgd": …, "bilevel": …}``, or the method that it is, as `compile_step`
+        gives them, "traffic_vs_sgd" (a ratio of bytes), and "extra_gradients": how many gradients'
+        worth of memory per chip the step needs beyond SGD.
     """
     pods = {name: PODS[name] for name in names}
-    sgds = {name: Pod(pod.topology, 0, "sgd") for name, pod in pods.items()}
+    sgds = {name: Pod(pod.topology, chips(pod.topology), "sgd") for name, pod in pods.items()}
     wanted = dict.fromkeys([*sgds.values(), *pods.values()])
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
         compiled = dict(zip(wanted, pool.map(lambda step: _in_process(*step), wanted), strict=True))
@@ -81,14 +73,19 @@ def measure(names: Sequence[str], processes: int = 2) -> dict[str, dict[str, Any
         sgd, step = compiled[sgds[name]], compiled[pod]
         results[name] = {
             "sgd": sgd,
-            pod.form: step,
+            pod.method: step,
             "traffic_vs_sgd": sum(step["moved"].values()) / sum(sgd["moved"].values()),
             "extra_gradients": (step["memory"] - sgd["memory"]) / sgd["gradient"],
         }
     return results
 
 
-def _in_process(topology: str, k: int, form: str) -> dict[str, Any]:
+def chips(topology: str) -> int:
+    """How many a topology has."""
+    return math.prod(map(int, topology.split("x")))
+
+
+def _in_process(topology: str, k: int, method: str) -> dict[str, Any]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -96,7 +93,7 @@ def _in_process(topology: str, k: int, form: str) -> dict[str, Any]:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so that several processes may do this
     }
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.pods", topology, str(k), form],
+        [sys.executable, "-m", "benchmarks.pods", topology, str(k), method],
         capture_output=True,
         text=True,
         env=environment,
@@ -107,92 +104,62 @@ def _in_process(topology: str, k: int, form: str) -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def compile_step(topology: str, k: int, form: str) -> dict[str, Any]:
-    """Compiles a training step of ResNet-50 on ImageNet: batch norm, SGD with momentum, float32.
+def compile_step(topology: str, k: int, method: str) -> dict[str, Any]:
+    """Compiles the trainer's step of ResNet-50 on ImageNet, all of it, for a pod.
 
-    Every chip has `IMAGES_PER_CHIP` images, whatever k. With k up to the number of chips a
-    mini-batch lies on chips/k of them (`bilevel_pmean`); with more, a chip has k/chips mini-batches
-    (`bilevel_value_and_grad` with `axis_name`) and a copy of the validation mini-batch.
+    From uint8 images of 256×256, with augmentation, batch norm of whole mini-batches, SGD with
+    momentum and weight decay, the epoch's sums and the evidence about each example, in float32.
+    Every chip has `IMAGES_PER_CHIP` images a step, whatever k: the layouts are `train.mesh`'s.
 
     Args:
         topology: of TPU v5e, for example "4x4".
-        k: mini-batches a step; 0 for SGD.
-        form: "bilevel"; "sgd", plain data parallelism; or "coherent", whose k is the number of
-            chips.
+        k: mini-batches a step.
+        method: of `train.methods`.
 
     Returns:
         "moved": bytes that each chip sends, by kind of collective; "memory": bytes a chip holds
         while the step runs, arguments and temporaries; "arguments" and "temporary" of these;
-        "gradient": bytes of one gradient; "compile_seconds".
+        "gradient": bytes of one gradient; "flops" of a chip; "compile_seconds".
     """
+    # Forms are chosen by the backend at hand, which is not the one compiled for.
+    jax.default_backend = lambda: "tpu"
     devices = topologies.get_topology_desc(platform="tpu", topology_name=f"v5e:{topology}").devices
-    spread = len(devices) // k if 0 < k <= len(devices) else 1
-    mesh = Mesh(
-        np.array(devices).reshape(-1, spread), _AXES, axis_types=(AxisType.Auto,) * len(_AXES)
+    b = IMAGES_PER_CHIP * len(devices) // k
+    config = Config(
+        method=method,
+        dataset="imagenet2012",
+        network="resnet50",
+        augmentation="imagenet",
+        k=k,
+        b=b,
+        weight_decay=5e-4,
     )
-    model = nnx.eval_shape(
-        lambda: models.create(
-            "resnet50", num_classes=CLASSES, input_shape=IMAGE, rngs=nnx.Rngs(params=0)
-        )
+    layout = mesh.on(devices, k, b)
+    program = build(
+        config,
+        image_shape=(256, 256, 3),
+        max_value=255,
+        num_classes=1000,
+        multi_label=False,
+        steps_per_epoch=IMAGES // (k * b),
+        layout=layout,
+        num_examples=IMAGES,
     )
-    graph, params, stats = nnx.split(model, nnx.Param, ...)
-    optimizer = optax.with_extra_args_support(optax.sgd(0.1, momentum=0.9))
-    if form == "coherent":
-        optimizer = optax_bilevel.coherent_steps(optimizer)
-
-    def loss_fn(stats: PyTree, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
-        network = nnx.merge(graph, params, stats, copy=True)
-        logits = network(batch["image"])
-        loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return loss.mean(), nnx.state(network, nnx.BatchStat)
-
-    per_chip = max(k // len(devices), 1)  # mini-batches
-    stream = k > len(devices)
-
-    def step(params: PyTree, stats: PyTree, opt_state: PyTree, held_out: PyTree, own: PyTree):
-        loss = functools.partial(loss_fn, stats)
-        extra = {}
-        if stream:
-            grads, new = _streamed(loss, params, held_out, own)
-        else:
-            varying = jax.lax.pcast(params, _AXES, to="varying")
-            batch = jax.tree.map(lambda x: x[0], own)
-            grads, new = jax.grad(loss, has_aux=True)(varying, batch)
-            if form == "bilevel":
-                grads = optax_bilevel.bilevel_pmean(grads, "batch", example_axis="example")
-            elif form == "coherent":
-                grads, extra["coherence"] = optax_bilevel.mean_and_coherence(
-                    grads, opt_state.direction, axis_name=_AXES
-                )
-            else:
-                grads = jax.lax.pmean(grads, _AXES)
-        updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
-        return optax.apply_updates(params, updates), jax.lax.pmean(new, _AXES), opt_state
-
-    def batches(count: int, size: int, spec: P) -> PyTree:
-        sharding = NamedSharding(mesh, spec)
-        image = jax.ShapeDtypeStruct((count, size, *IMAGE), jnp.float32, sharding=sharding)
-        return {"image": image, "label": jax.ShapeDtypeStruct((count, size), jnp.int32)}
-
-    replicated = NamedSharding(mesh, P())
-    params, stats, opt_state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-        (params, stats, jax.eval_shape(optimizer.init, params)),
+    key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=layout.replicated)
+    state = jax.tree.map(
+        lambda x: x.update(sharding=layout.replicated), jax.eval_shape(program.init, key)
     )
-    size = IMAGES_PER_CHIP // per_chip
-    held_out = batches(int(k > len(devices)), size, P())
-    own = batches(per_chip * len(devices), size, P(_AXES))
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P(), P(), P(_AXES)), out_specs=P())
+    labels = jax.ShapeDtypeStruct((k, b), jnp.int32, sharding=layout.data_sharding(2))
+    images = labels.update(shape=(k, b, 256, 256, 3), dtype=jnp.uint8)
+    batch = RawBatch(images, labels, labels, labels)
+    if program.copies:
+        first = jax.tree.map(lambda x: x.update(shape=(program.copies, *x.shape[1:])), batch)
+        first = jax.tree.map(lambda x: x.update(sharding=layout.replicated), first)
+        batch = batch._replace(copies=first)
     started = time.perf_counter()
-    compiled = (
-        jax.jit(mapped, donate_argnums=(0, 1, 2))
-        .lower(params, stats, opt_state, held_out, own)
-        .compile()
-    )
+    compiled = program.step.lower(state, batch, key).compile()
     seconds = time.perf_counter() - started
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
-    assert text is not None
+    memory, text, cost = compiled.memory_analysis(), compiled.as_text(), compiled.cost_analysis()
     arguments = memory.argument_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
@@ -200,20 +167,10 @@ def compile_step(topology: str, k: int, form: str) -> dict[str, Any]:
         "memory": arguments + results + memory.temp_size_in_bytes,
         "arguments": arguments,
         "temporary": memory.temp_size_in_bytes,
-        "gradient": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)),
+        "gradient": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params)),
+        "flops": cost["flops"],
         "compile_seconds": seconds,
     }
-
-
-def _streamed(
-    loss: Callable[..., Any], params: PyTree, held_out: PyTree, own: PyTree
-) -> tuple[PyTree, PyTree]:
-    """The gradient of a chip with several mini-batches, and the mean of their statistics."""
-    batches = jax.tree.map(lambda v, x: jnp.concatenate([v, x]), held_out, own)
-    # Said, for the default goes by the backend at hand, which is not the one compiled for.
-    step = optax_bilevel.bilevel_value_and_grad(loss, has_aux=True, loop="scan", axis_name=_AXES)
-    (_, stats), grads, _ = step(params, batches)
-    return grads, jax.tree.map(lambda x: jnp.mean(x, axis=0), stats)
 
 
 if __name__ == "__main__":

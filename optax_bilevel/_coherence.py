@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_bilevel import _inner_products, _rule
+from optax_bilevel import _collective, _inner_products, _rule
 from optax_bilevel._inner_products import AxisName, PyTree
 from optax_bilevel._stream import Stream
 
@@ -38,7 +38,11 @@ class CoherentStepsState(NamedTuple):
 
 
 def mean_and_coherence(
-    grads: PyTree, direction: PyTree, *, axis_name: AxisName | None = None
+    grads: PyTree,
+    direction: PyTree,
+    *,
+    axis_name: AxisName | None = None,
+    example_axis: AxisName | None = None,
 ) -> tuple[PyTree, jax.Array]:
     r"""The mean of k mini-batch gradients, and how far they agree with a direction.
 
@@ -56,6 +60,9 @@ def mean_and_coherence(
         axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) along which
             there is one mini-batch per device. Moves what `jax.lax.pmean` moves, in the one
             all-reduce that it consists of, and three scalars.
+        example_axis: a second axis (or tuple) over which the examples of one mini-batch are spread;
+            its gradient is their mean. Moves what `jax.lax.pmean` over all axes moves, in a
+            reduce-scatter and an all-gather over this axis and an all-reduce of shards between.
 
     Returns:
         m, leaves [\*shape] of the dtypes of `grads`, and s, float32 or wider []. A mini-batch with
@@ -74,18 +81,37 @@ def mean_and_coherence(
         0.3333333432674408
     """
     if axis_name is not None:
-        _inner_products.check_like(grads, direction)
+        remedy = "With axis_name give the gradient of this device's mini-batch, not a stack"
+        _inner_products.check_like(grads, direction, remedy)
         _inner_products.check_varying(grads, axis_name)
-        stack = jax.tree.map(lambda g: g[None], grads)
+    elif example_axis is not None:
+        raise ValueError("example_axis needs axis_name, the axis of the mini-batches")
     else:
         _inner_products.check_stack(grads, direction, 0)
-        stack = grads
     if not jax.tree.leaves(grads):
         return grads, jnp.zeros(())
-    grouping = _inner_products.resolve_groups(grads, None)
+    like, count = grads, 1
+    if example_axis is not None:
+        _inner_products.check_varying(grads, example_axis)
+        count = jax.lax.axis_size(example_axis)
+        if count == 1:
+            like = jax.lax.pmean(grads, example_axis)  # says that there is nothing to average
+    if count > 1:  # this device's shard of the mini-batch's gradient, and of the direction
+        place = jax.lax.axis_index(example_axis)
+        like = _collective.to_shards(
+            grads, count, lambda x: jax.lax.psum_scatter(x / count, example_axis)
+        )
+        direction = _collective.to_shards(direction, count, lambda x: x[place])
+    stack = like if axis_name is None else jax.tree.map(lambda g: g[None], like)
+    grouping = _inner_products.resolve_groups(like, None)
     products = _inner_products.stack_products(stack, grouping, 0, with_gram=False, past=direction)
+    if count > 1:
+        products = jax.lax.psum(products, example_axis)
     total = _inner_products.finite_sum(stack, products.sq_norms, grouping)
-    return _mean_and_coherence(total, products.dots, products.sq_norms, grads, axis_name)
+    mean, coherence = _mean_and_coherence(total, products.dots, products.sq_norms, like, axis_name)
+    if count > 1:
+        mean = _collective.from_shards(mean, grads, example_axis)
+    return mean, coherence
 
 
 def coherent_value_and_grad(
@@ -290,12 +316,15 @@ def coherent_steps(
         coherence: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
+        remedy = (
+            "mean, s = mean_and_coherence(grads, state.direction); "
+            "tx.update(mean, state, params, coherence=s)"
+        )
         if coherence is None:
-            raise ValueError(
-                "coherent_steps needs the coherence of the step: mean, s = mean_and_coherence("
-                "grads, state.direction); tx.update(mean, state, params, coherence=s)"
-            )
-        _inner_products.check_like(updates, state.direction)
+            raise ValueError(f"coherent_steps needs the coherence of the step: {remedy}")
+        _inner_products.check_like(
+            updates, state.direction, f"coherent_steps takes the mean of the k gradients: {remedy}"
+        )
         first = state.count == 0
         smoothed, variance, factor = _rule.step_factor(
             state.coherence, state.variance, coherence, first, coherence_decay, gain, margin

@@ -7,7 +7,9 @@ forms the weighted sum of its shard and gathers the shards of the others (all-ga
 exchanges move the bytes of the reduce-scatter and the all-gather that an all-reduce consists of.
 """
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -107,7 +109,6 @@ def bilevel_pmean(
             f"axis {axis_name!r} has {k} devices, one mini-batch each, and num_validation = "
             f"{num_validation} leaves none to train on: it needs at least {num_validation + 1}"
         )
-    leaves, treedef = jax.tree.flatten(grads)
     spread = 1 if example_axis is None else jax.lax.axis_size(example_axis)
     rows = None if past is None else _rows(past)
     _past.check(
@@ -116,30 +117,18 @@ def bilevel_pmean(
         rule,
         f"init_past(params, num_devices={k * spread}), a row for each device",
     )
-    if not leaves:
+    if not jax.tree.leaves(grads):
         return _results(grads, jnp.zeros((k,)) if return_weights else None, past)
     grouping = _inner_products.resolve_groups(grads, groups)
 
-    # One flat buffer per dtype, [devices, shard]; a shard holds a piece of every leaf, so that
-    # leaves, and with them groups, lie at the same place in every shard.
-    stacks: list[Any] = [None] * len(leaves)
-    layouts = {}
-    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
-        indices = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
-        pieces = [_pieces(leaves[i], k * spread) for i in indices]
-        widths = [piece.shape[-1] for piece in pieces]
-        padding = -sum(widths) % _ALIGNMENT
-        buffer = jnp.concatenate([*pieces, jnp.zeros((k * spread, padding), dtype)], axis=-1)
+    def exchange(buffer: jax.Array) -> jax.Array:
         shards = jax.lax.all_to_all(buffer, everywhere, 0, 0, tiled=True)
         if spread > 1:  # the examples of a mini-batch, averaged here rather than on the way
-            shards = shards.astype(_inner_products.accumulation_dtype(dtype))
+            shards = shards.astype(_inner_products.accumulation_dtype(buffer.dtype))
             shards = jnp.mean(shards.reshape(k, spread, -1), axis=1)
-        offsets = [sum(widths[:n]) for n in range(len(widths))]
-        for i, offset, width in zip(indices, offsets, widths, strict=True):
-            stacks[i] = shards[:, offset : offset + width]
-        layouts[dtype] = (indices, offsets, widths, padding)
+        return shards
 
-    stacked = treedef.unflatten(stacks)
+    stacked = to_shards(grads, k * spread, exchange)
     products = jax.lax.psum(
         _inner_products.stack_products(
             stacked,
@@ -151,24 +140,65 @@ def bilevel_pmean(
         everywhere,
     )
     weights = _rule.weigh(products, rule, _past.has_past(past))
-    sums = jax.tree.leaves(_inner_products.weighted_sum(stacked, weights.values, grouping))
-
-    results: list[Any] = [None] * len(leaves)
-    for dtype, (indices, offsets, widths, padding) in layouts.items():
-        shard = jnp.concatenate(
-            [*(sums[i].astype(dtype) for i in indices), jnp.zeros((padding,), dtype)]
-        )
-        full = jax.lax.all_gather(shard, everywhere, to=_same_everywhere(everywhere))
-        for i, offset, width in zip(indices, offsets, widths, strict=True):
-            flat = full[:, offset : offset + width].reshape(-1)
-            results[i] = flat[: leaves[i].size].reshape(leaves[i].shape)
+    sums = _inner_products.weighted_sum(stacked, weights.values, grouping)
+    result = from_shards(sums, grads, everywhere)
     if past is not None and rows is not None:
         rows = _past.advance_by_stack(rows, stacked, products.sq_norms, grouping, rule)
         rows = rows._replace(
             average=jax.tree.map(lambda x, a: x.reshape(a.shape), rows.average, past.average)
         )
     presented = grouping.present(weights.values) if return_weights else None
-    return _results(treedef.unflatten(results), presented, rows)
+    return _results(result, presented, rows)
+
+
+def to_shards(tree: PyTree, count: int, exchange: Callable[[jax.Array], jax.Array]) -> PyTree:
+    """Exchanges the pieces of all leaves in one flat buffer per dtype.
+
+    A shard holds a piece of every leaf, so that leaves, and with them groups, lie at the same place
+    in every shard.
+
+    Args:
+        tree: leaves [*shape], each cut into `count` pieces.
+        count: of shards.
+        exchange: maps buffers [count, width of a shard] to shards [..., width].
+
+    Returns:
+        leaves [..., width of the leaf's piece].
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    shards: list[Any] = [None] * len(leaves)
+    for dtype, indices in _by_dtype(leaves).items():
+        pieces = [_pieces(leaves[i], count) for i in indices]
+        widths = [piece.shape[-1] for piece in pieces]
+        padding = jnp.zeros((count, -sum(widths) % _ALIGNMENT), dtype)
+        whole = exchange(jnp.concatenate([*pieces, padding], axis=-1))
+        for i, end, width in zip(indices, itertools.accumulate(widths), widths, strict=True):
+            shards[i] = whole[..., end - width : end]
+    return treedef.unflatten(shards)
+
+
+def from_shards(shards: PyTree, like: PyTree, axes: AxisName) -> PyTree:
+    """Gathers over `axes` what `to_shards` cut: leaves of the shapes and dtypes of `like`."""
+    leaves, treedef = jax.tree.flatten(like)
+    own = jax.tree.leaves(shards)
+    results: list[Any] = [None] * len(leaves)
+    for dtype, indices in _by_dtype(leaves).items():
+        widths = [own[i].size for i in indices]
+        padding = jnp.zeros((-sum(widths) % _ALIGNMENT,), dtype)
+        shard = jnp.concatenate([*(own[i].astype(dtype) for i in indices), padding])
+        full = jax.lax.all_gather(shard, axes, to=_same_everywhere(axes))
+        full = full.reshape(-1, shard.size)
+        for i, end, width in zip(indices, itertools.accumulate(widths), widths, strict=True):
+            flat = full[:, end - width : end].reshape(-1)
+            results[i] = flat[: leaves[i].size].reshape(leaves[i].shape)
+    return treedef.unflatten(results)
+
+
+def _by_dtype(leaves: list[Any]) -> dict[Any, list[int]]:
+    return {
+        dtype: [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
+        for dtype in dict.fromkeys(leaf.dtype for leaf in leaves)
+    }
 
 
 def _results(grads: PyTree, weights: jax.Array | None, past: _past.Past | None) -> Any:

@@ -126,7 +126,7 @@ def check_stack(
     return leading_axis(grads, num_validation, expected=expected)
 
 
-def check_like(grads: PyTree, params: PyTree) -> None:
+def check_like(grads: PyTree, params: PyTree, remedy: str) -> None:
     """Checks the gradients of one mini-batch against trees shaped like the parameters.
 
     Raises:
@@ -138,8 +138,7 @@ def check_like(grads: PyTree, params: PyTree) -> None:
         if tuple(leaf.shape) != shape:
             raise ValueError(
                 f"gradient leaf {path_name(path)}: expected the parameter's shape {shape}, got "
-                f"{tuple(leaf.shape)}. bilevel_multi_steps takes the gradient of one mini-batch a "
-                "call; for k stacked gradients use bilevel_reweight"
+                f"{tuple(leaf.shape)}. {remedy}"
             )
 
 

@@ -132,7 +132,11 @@ def bilevel_multi_steps(
         params: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
-        _inner_products.check_like(updates, state.total)
+        remedy = (
+            "bilevel_multi_steps takes the gradient of one mini-batch a call; for k stacked "
+            "gradients use bilevel_reweight"
+        )
+        _inner_products.check_like(updates, state.total, remedy)
         grouping = _inner_products.resolve_groups(updates, groups)
         if not jax.tree.leaves(updates):
             return updates, state

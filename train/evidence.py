@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.methods import cross_entropy
-
 
 class Evidence(NamedTuple):
     """Sums over all visits of each example so far, on the device; part of the checkpoint.
@@ -43,37 +41,37 @@ class Evidence(NamedTuple):
         dtypes = {"visits": jnp.int32, "agreed": jnp.int32}
         return cls(*(jnp.zeros(num_examples, dtypes.get(x, jnp.float32)) for x in fields))
 
-    def add(
-        self,
-        indices: jax.Array,
-        labels: jax.Array,
-        logits: jax.Array,
-        alignment: jax.Array | None = None,
+    @classmethod
+    def seen(
+        cls, labels: jax.Array, logits: jax.Array, alignment: jax.Array | None = None
     ) -> "Evidence":
-        """Adds a step.
+        """Of one visit of each example, in the shape of the labels.
+
+        Each example's by itself and without an index, so that it is computed where the logits lie.
 
         Args:
-            indices: which examples were seen, int32 [m].
-            labels: their given labels, int32 [m].
-            logits: float32 [m, classes].
-            alignment: float32 [m], where it is gathered.
+            labels: given labels, int32 [...].
+            logits: float32 [..., classes].
+            alignment: float32 [...], where it is gathered.
         """
-        given = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-        is_given = labels[:, None] == jnp.arange(logits.shape[1])
-        margin = given - jnp.max(jnp.where(is_given, -jnp.inf, logits), axis=1)
-        finite = jnp.all(jnp.isfinite(logits), axis=1)
-        new = {
-            "visits": finite,
-            "loss": jnp.where(finite, cross_entropy(logits, labels), 0),
-            "margin": jnp.where(finite, margin, 0),
-            "agreed": finite & (margin > 0),
-        }
+        is_given = labels[..., None] == jnp.arange(logits.shape[-1])
+        given = jnp.sum(jnp.where(is_given, logits, 0), axis=-1)
+        loss = jax.nn.logsumexp(logits, axis=-1) - given
+        margin = given - jnp.max(jnp.where(is_given, -jnp.inf, logits), axis=-1)
+        finite = jnp.all(jnp.isfinite(logits), axis=-1)
         if alignment is not None:
-            new["alignment"] = jnp.where(finite & jnp.isfinite(alignment), alignment, 0)
-        sums = self._asdict()
-        return self._replace(
-            **{k: sums[k].at[indices].add(x.astype(sums[k].dtype)) for k, x in new.items()}
+            alignment = jnp.where(finite & jnp.isfinite(alignment), alignment, 0)
+        return cls(
+            finite.astype(jnp.int32),
+            jnp.where(finite, loss, 0),
+            jnp.where(finite, margin, 0),
+            (finite & (margin > 0)).astype(jnp.int32),
+            alignment,
         )
+
+    def add(self, indices: jax.Array, seen: "Evidence") -> "Evidence":
+        """Adds what was seen of the examples of these numbers, int32 of the same shape."""
+        return jax.tree.map(lambda total, new: total.at[indices].add(new), self, seen)
 
 
 class Means(NamedTuple):

@@ -11,7 +11,7 @@ With D devices in all, of all processes, the mesh has two axes, `BATCH` for the 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -90,7 +90,7 @@ class Layout:
 
     def part(self, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
         """What this process loads of an array [k, b], or of a batch [n] to evaluate: an index."""
-        sharding = self._data_sharding(len(shape))
+        sharding = self.data_sharding(len(shape))
         indices = sharding.addressable_devices_indices_map(shape).values()
         axes = []
         for axis, size in enumerate(shape):
@@ -100,7 +100,7 @@ class Layout:
 
     def place(self, arrays: PyTree, shape: tuple[int, ...]) -> PyTree:
         """Puts together global arrays that lead with `shape` of what each process has loaded."""
-        sharding = self._data_sharding(len(shape))
+        sharding = self.data_sharding(len(shape))
 
         def leaf(x: np.ndarray) -> jax.Array:
             whole = (*shape, *x.shape[len(shape) :])
@@ -108,7 +108,8 @@ class Layout:
 
         return jax.tree.map(leaf, arrays)
 
-    def _data_sharding(self, ndim: int) -> NamedSharding:
+    def data_sharding(self, ndim: int) -> NamedSharding:
+        """Where arrays that lead with [k, b] (`ndim` 2), or batches to evaluate (1), lie."""
         return NamedSharding(self.mesh, P(BATCH, EXAMPLE) if ndim == 2 else P(ALL))
 
     def copy(self, tree: PyTree, shardings: PyTree | None = None) -> PyTree:
@@ -131,7 +132,11 @@ def choose(k: int, b: int, num_devices: int | None = None, *, sharded: bool = Fa
     Raises:
         ValueError: naming the k (or b) that fit the devices.
     """
-    devices = _devices(num_devices)
+    return on(_devices(num_devices), k, b, sharded=sharded)
+
+
+def on(devices: Sequence[Any], k: int, b: int, *, sharded: bool = False) -> Layout:
+    """As `choose`, on these devices, which need not be at hand."""
     count = len(devices)
     spread = count // math.gcd(k, count)
     if k % count and count % k:

@@ -92,12 +92,14 @@ class RawBatch(NamedTuple):
         labels: given labels, int32 [k, b] or [k, b, classes].
         true: true labels, likewise.
         indices: which training examples they are, int32 [k, b].
+        copies: on a mesh, the first `Program.copies` mini-batches again, whole on every device.
     """
 
     images: Any
     labels: Any
     true: Any
     indices: Any = None
+    copies: Any = None
 
 
 class Resident(NamedTuple):
@@ -140,6 +142,8 @@ class Program:
         how: a line that says how the method computes.
         layout: how the steps lie on a mesh; None on one device. States, batches and keys must lie
             on it (`Layout.place`, `Layout.copy`).
+        copies: how many of a step's mini-batches are also to be handed over whole to every device
+            of the mesh (`RawBatch.copies`).
     """
 
     init: Any
@@ -148,6 +152,7 @@ class Program:
     new_epoch: Any
     how: str
     layout: Layout | None = None
+    copies: int = 0
 
 
 def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
@@ -280,8 +285,9 @@ def _build(
         k, b = raw.labels.shape[:2]
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         augmented = jax.vmap(jax.vmap(preset.train))
-        augmented = augmented if layout is None else layout.per_example(augmented)
-        images = augmented(jax.random.split(augment_key, (k, b)), raw.images)
+        each = augmented if layout is None else layout.per_example(augmented)
+        augment_keys = jax.random.split(augment_key, (k, b))
+        images = each(augment_keys, raw.images)
         if config.dropout_masks == "shared":
             keys = jnp.broadcast_to(dropout_key, (k,))
         else:
@@ -300,7 +306,7 @@ def _build(
             return loss, methods.Aux(logits, batch_stats, recorded)
 
         def alignment() -> jax.Array:
-            """⟨∇ℓ_e, v⟩/|v| of every example with the momentum v, [k·b]."""
+            """⟨∇ℓ_e, v⟩/|v| of every example with the momentum v, [k, b]."""
 
             def losses(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
                 model = nnx.merge(graph, params, state.batch_stats, copy=True)
@@ -312,9 +318,18 @@ def _build(
             batch = images.reshape(k * b, *images.shape[2:]), raw.labels.ravel()
             products = optax_bilevel.example_alignment(losses, params, batch, momentum)
             length = optax.tree.norm(momentum)
-            return products / jnp.where(length > 0, length, 1)
+            return products.reshape(k, b) / jnp.where(length > 0, length, 1)
 
-        batches = methods.Batch(images, raw.labels, keys)
+        copies = None
+        if layout is not None and method.copies:
+            first = raw.copies
+            if first is None:
+                raise ValueError(
+                    f"RawBatch.copies must hold the first {method.copies} mini-batches"
+                )
+            own = everywhere((augment_keys[: method.copies], keys[: method.copies]))
+            copies = methods.Batch(augmented(own[0], first.images), first.labels, own[1])
+        batches = methods.Batch(images, raw.labels, keys, copies)
         done = method.gradient(loss_fn, everywhere(state.params), batches, state.method)
         updates, opt_state = tx.update(done.grads, state.opt_state, state.params)
         if done.step_size is not None:
@@ -380,6 +395,7 @@ def _build(
         new_epoch=jax.jit(new_epoch, donate_argnums=0, **on_mesh),
         how=how,
         layout=layout,
+        copies=0 if layout is None else method.copies,
     )
 
 
@@ -423,8 +439,8 @@ def _add_evidence(
 ) -> Evidence | None:
     if evidence is None or raw.indices is None:
         return evidence
-    logits = logits.reshape(-1, logits.shape[-1])
-    return evidence.add(*everywhere((raw.indices.ravel(), raw.labels.ravel(), logits, alignment)))
+    seen = Evidence.seen(raw.labels, logits.reshape(*raw.labels.shape, -1), alignment)
+    return evidence.add(*everywhere((raw.indices, seen)))
 
 
 def _add_step(

@@ -348,14 +348,26 @@ def feed(
             steps = range(max(first_step, epoch * n), min(num_steps, (epoch + 1) * n))
             yield from itertools.repeat(resident, len(steps))
         return
-    part: Any = () if layout is None else layout.part((order.k, order.b))
+    part: Any = ()
+    if layout is not None:
+        rows, columns = layout.part((order.k, order.b))
+        copies = np.arange(program.copies)[:, None]
+        part = np.concatenate([copies, rows]), columns
     steps: Any = data.batches(train, order, first_step=first_step, num_steps=num_steps, part=part)
     with contextlib.closing(steps):
         for indices, images in steps:
             own = indices[part]
             raw = RawBatch(images, train.labels[own], problem.true[own], own)
             # On one device as NumPy's arrays: the step takes them in less time than device_put.
-            yield raw if layout is None else layout.place(raw, indices.shape)
+            yield raw if layout is None else place(raw, layout, indices.shape, program.copies)
+
+
+def place(raw: RawBatch, layout: Layout, shape: tuple[int, ...], copies: int) -> RawBatch:
+    """Puts on a mesh what this process has read: so many first mini-batches, then its own part."""
+    placed = layout.place(jax.tree.map(lambda x: x[copies:], raw), shape)
+    if not copies:
+        return placed
+    return placed._replace(copies=layout.copy(jax.tree.map(lambda x: x[:copies], raw)))
 
 
 def advance(

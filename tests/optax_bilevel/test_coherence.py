@@ -136,6 +136,46 @@ def test_one_mini_batch_per_device(check_vma):
     assert traffic.bytes_moved(text, K) == {"all-reduce": 2 * (K - 1) / K * 4 * numbers}
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("spread", [1, 2, 4])
+def test_a_mini_batch_over_several_devices(spread, check_vma, dtype):
+    axes, k = ("batch", "example"), 8 // spread
+    mesh = jax.make_mesh((k, spread), axes, axis_types=(AxisType.Auto,) * 2)
+    keys = jax.random.split(jax.random.key(0))
+    shapes = {"w": (8, 13, 11), "b": (8, 3)}
+    grads = {
+        name: jax.random.normal(key, shape).astype(dtype)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    grads["w"] = grads["w"].at[5, 0, 0].set(jnp.nan)  # of one part of a mini-batch
+    toward = jax.tree.map(lambda g: jnp.ones(g.shape[1:]), grads)
+
+    def per_device(grads, toward):
+        grads = jax.tree.map(lambda g: g[0], grads)
+        return mean_and_coherence(grads, toward, axis_name="batch", example_axis="example")
+
+    specs = {"in_specs": (P(axes), P()), "out_specs": P(), "check_vma": check_vma}
+    mapped = jax.jit(jax.shard_map(per_device, mesh=mesh, **specs))
+    stack = jax.tree.map(lambda g: g.reshape(k, spread, *g.shape[1:]).mean(1), grads)
+    expected = mean_and_coherence(stack, toward)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    for x, y in zip(jax.tree.leaves(mapped(grads, toward)), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(*np.asarray([x, y], np.float32), rtol=tolerance, atol=tolerance)
+    if spread > 1 and dtype == jnp.float32:  # XLA widens bfloat16's on CPU
+        text = mapped.lower(grads, toward).compile().as_text()
+        moved = traffic.bytes_moved(text, 8)
+        assert set(moved) == {"all-reduce", "reduce-scatter", "all-gather"}
+        # The shards are padded: 146 numbers here to a multiple of 128 for each device.
+        assert sum(moved.values()) <= 2 * 7 / 8 * 4 * (128 * spread + 16)
+
+
+def test_an_example_axis_needs_the_axis_of_the_mini_batches():
+    with pytest.raises(ValueError, match="example_axis needs axis_name"):
+        mean_and_coherence({"w": jnp.ones((4, 2))}, {"w": jnp.ones(2)}, example_axis="example")
+
+
 def loss_and_rows(params, batch):
     return loss(params, batch), batch["x"][:, 0]
 
@@ -300,5 +340,6 @@ def test_errors():
         tx.update({"w": jnp.zeros(2)}, state)
     with pytest.raises(ValueError, match=r"leaf \['w'\]: expected shape \(k, 2\)"):
         mean_and_coherence({"w": jnp.zeros(2)}, state.direction)
-    with pytest.raises(ValueError, match=r"leaf \['w'\]: expected the parameter's shape \(2,\)"):
+    message = r"leaf \['w'\]: expected the parameter's shape \(2,\).* mean, s = mean_and_coherence"
+    with pytest.raises(ValueError, match=message):
         tx.update({"w": jnp.zeros((3, 2))}, state, coherence=jnp.zeros(()))

@@ -32,7 +32,7 @@ def test_sums_per_example_of_loss_margin_and_agreement():
     for indices in ([0, 2, 4], [4, 0, 1]):  # 0 and 4 twice, 3 and 5 never
         logits = rng.normal(size=(3, 5)).astype(np.float32) * 3
         indices = np.array(indices)
-        gathered = gathered.add(indices, labels[indices], logits)
+        gathered = gathered.add(indices, Evidence.seen(labels[indices], logits))
         loss, margin, agreed = in_numpy(logits, labels[indices])
         expected[:, indices] += (np.ones(3), loss, margin, agreed)
     assert gathered.alignment is None
@@ -48,7 +48,7 @@ def test_sums_per_example_of_loss_margin_and_agreement():
 
 def test_an_example_twice_in_a_step_counts_twice():
     logits = jnp.asarray([[1.0, 0.0], [4.0, 1.0]])
-    gathered = Evidence.zeros(2).add(jnp.array([1, 1]), jnp.array([0, 1]), logits)
+    gathered = Evidence.zeros(2).add(jnp.array([1, 1]), Evidence.seen(jnp.array([0, 1]), logits))
     assert gathered.visits.tolist() == [0, 2]
     assert gathered.margin.tolist() == [0, 1 - 3]
 
@@ -56,7 +56,7 @@ def test_an_example_twice_in_a_step_counts_twice():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_no_visit(bad):
     logits = jnp.asarray([[1.0, bad, 0.0], [0.0, 2.0, 1.0]])
-    gathered = Evidence.zeros(2).add(jnp.array([0, 1]), jnp.array([0, 1]), logits)
+    gathered = Evidence.zeros(2).add(jnp.array([0, 1]), Evidence.seen(jnp.array([0, 1]), logits))
     assert gathered.visits.tolist() == [0, 1]
     assert gathered.margin.tolist() == [0, 1]
     assert float(gathered.loss[0]) == 0

@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 import models
+from benchmarks import traffic
 from tests.train import tiny
-from train import mesh
+from train import mesh, trainer
 from train import program as program_module
 from train.program import RawBatch
 
@@ -51,13 +52,20 @@ def raw(k, seed):
     return RawBatch(images, given, true, np.arange(k * B, dtype=np.int32).reshape(k, B))
 
 
+def put(batch, program):
+    """A batch on the program's mesh, and whole what every device is to have whole."""
+    copies = program.copies
+    with_copies = jax.tree.map(lambda x: np.concatenate([x[:copies], x]), batch)
+    return trainer.place(with_copies, program.layout, batch.labels.shape, copies)
+
+
 def train(of, layout):
     """The state after some steps, and the scores of 16 images."""
     build = program_module._build.__wrapped__
     program = build(of, SHAPE, 16, CLASSES, False, 4, layout, of.k * B)
     key = jax.random.key(3)
     state = program.init(jax.random.key(0))
-    place = jax.device_put if layout is None else functools.partial(layout.place, shape=(of.k, B))
+    place = jax.device_put if layout is None else functools.partial(put, program=program)
     images = raw(of.k, 99).images.reshape(-1, *SHAPE)[:16]
     if layout is not None:
         key = layout.copy(key)
@@ -132,6 +140,23 @@ def test_trains_to_the_state_of_one_device(method, k, sharded, changes):
         assert x.addressable_shards[0].data.size == x.size // (8 if sharded else 1)
     assert len(momentum) == 1
     assert actual[0].batch_stats["bn"]["mean"].get_value().sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("method", ["bilevel", "coherent", "past", "sgd"])
+@pytest.mark.parametrize("k", [4, 8, 16])
+def test_a_step_moves_a_gradient_and_little_else(method, k):
+    of, classes = config(method=method, k=k), 2000  # all logits are more than a gradient
+    layout = mesh.choose(k, B)
+    program = program_module._build.__wrapped__(of, SHAPE, 16, classes, False, 4, layout, 512)
+    state = program.init(layout.copy(jax.random.key(0)))
+    batch = put(raw(k, 0), program)
+    text = program.step.lower(state, batch, layout.copy(jax.random.key(1))).compile().as_text()
+    gradient = sum(4 * x.size for x in jax.tree.leaves(state.params))
+    per_example = 100 * k * B
+    # Several mini-batches on a device with a past: both sums are exchanged, docs/forms.md.
+    times = 2 if method == "past" and k > 8 else 1
+    moved = sum(traffic.bytes_moved(text, 8).values())
+    assert times * 2 * 7 / 8 * gradient < moved < 1.02 * times * 2 * 7 / 8 * gradient + per_example
 
 
 def test_examples_of_a_mini_batch_drop_units_of_their_own():

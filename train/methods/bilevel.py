@@ -100,7 +100,9 @@ def _make(config: Any, task: Task, solver: str, **past: Any) -> Method:
     if past and form == "collective":  # each device keeps the part of the average that it adds up
         init = functools.partial(_init, num_devices=layout.mesh.size)
         state = {"init": init, "spec": (_ROWS,)}
-    return Method(_FORMS_ON_MESH[form](layout, options), how, **state)
+    # To send them round would cost as much as a tenth of a gradient.
+    copies = options["num_validation"] if form == "streaming" and not past else 0
+    return Method(_FORMS_ON_MESH[form](layout, options), how, copies=copies, **state)
 
 
 _ROWS: Any = optax_bilevel.Past(P(mesh.ALL), cast(Any, P()))
@@ -248,9 +250,12 @@ def _streaming_on_mesh(layout: Layout, options: dict[str, Any]) -> GradientFn:
             loss_fn, has_aux=True, chunk_size=chunk_size(), axis_name=mesh.ALL, **options
         )
 
-        def on_device(params: PyTree, validation: Batch, own: Batch, *past: Any) -> tuple[Any, ...]:
-            join = functools.partial(jax.tree.map, lambda v, x: jnp.concatenate([v, x]))
-            return step(params, join(validation, own), *past)
+        def on_device(
+            params: PyTree, validation: Batch | None, own: Batch, *past: Any
+        ) -> tuple[Any, ...]:
+            if validation is not None:
+                own = jax.tree.map(lambda v, x: jnp.concatenate([v, x]), validation, own)
+            return step(params, own, *past)
 
         past = (P(),) * len(state)
         mapped = jax.shard_map(
@@ -259,11 +264,8 @@ def _streaming_on_mesh(layout: Layout, options: dict[str, Any]) -> GradientFn:
             in_specs=(P(), P(), P(mesh.ALL), *past),
             out_specs=(P(mesh.ALL), P(), P(), *past),
         )
-        held_out = 0 if state else options["num_validation"]
-        # XLA's partitioner fails on a slice of labels that the evidence gathers as well.
-        first = jnp.arange(held_out)
-        validation = jax.tree.map(lambda x: jnp.take(x, first, axis=0), batches)
-        (losses, aux), grads, weights, *state = mapped(params, validation, batches, *state)
+        own = batches._replace(copies=None)
+        (losses, aux), grads, weights, *state = mapped(params, batches.copies, own, *state)
         return Gradient(losses, aux, grads, _per_mini_batch(weights), tuple(state))
 
     return gradient

@@ -87,8 +87,9 @@ def _collective(layout: Layout) -> MeanOf:
     """One mini-batch on each device, or a part of one: a mean, and three scalars."""
 
     def combine(grads: PyTree, direction: PyTree) -> tuple[Any, ...]:
-        grads = jax.lax.pmean(grads, mesh.EXAMPLE)
-        return optax_bilevel.mean_and_coherence(grads, direction, axis_name=mesh.BATCH)
+        return optax_bilevel.mean_and_coherence(
+            grads, direction, axis_name=mesh.BATCH, example_axis=mesh.EXAMPLE
+        )
 
     def mean_of(
         loss_fn: LossFn, params: PyTree, batches: Batch, direction: PyTree

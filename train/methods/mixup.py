@@ -83,6 +83,10 @@ def _with_mixup(gradient: GradientFn, alpha: float) -> GradientFn:
 
     def with_mixup(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
         mixed = functools.partial(loss_fn, criterion=criterion)
-        return gradient(mixed, params, jax.vmap(mix)(batches), state)
+        copies = batches.copies
+        batches = jax.vmap(mix)(batches._replace(copies=None))
+        if copies is not None:
+            batches = batches._replace(copies=jax.vmap(mix)(copies))
+        return gradient(mixed, params, batches, state)
 
     return with_mixup

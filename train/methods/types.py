@@ -22,11 +22,14 @@ class Batch(NamedTuple):
         labels: the given labels, int32 [b], or [b, classes] of 0 and 1; for a criterion of a
             method's own, any pytree whose leaves lead with b.
         key: the random key of the mini-batch's dropout, and of what a method draws, [].
+        copies: beside k mini-batches on a mesh, the first of them again, whole on every device, as
+            many as `Method.copies` asks for.
     """
 
     images: jax.Array
     labels: Any
     key: jax.Array
+    copies: Any = None
 
 
 class Task(NamedTuple):
@@ -130,6 +133,7 @@ class Method:
         network: wraps the network, for a method that trains parameters of its own; they are the
             optimizer's like the others. Evaluation sees the wrapper in evaluation mode.
         with_batch_norm: what is to be said where the network has batch norm.
+        copies: of how many mini-batches, the first ones, every device of a mesh needs the whole.
     """
 
     gradient: GradientFn
@@ -138,3 +142,4 @@ class Method:
     spec: PyTree | None = None
     network: Callable[[models.Network], models.Network] = lambda network: network
     with_batch_norm: str | None = None
+    copies: int = 0
