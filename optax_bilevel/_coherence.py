@@ -61,8 +61,8 @@ def mean_and_coherence(
             there is one mini-batch per device. Moves what `jax.lax.pmean` moves, in the one
             all-reduce that it consists of, and three scalars.
         example_axis: a second axis (or tuple) over which the examples of one mini-batch are spread;
-            its gradient is their mean. Moves what `jax.lax.pmean` over all axes moves, in a
-            reduce-scatter and an all-gather over this axis and an all-reduce of shards between.
+            its gradient is their mean. Moves what `jax.lax.pmean` over all axes moves, in an
+            all-to-all and an all-gather over this axis and an all-reduce of shards between.
 
     Returns:
         m, leaves [\*shape] of the dtypes of `grads`, and s, float32 or wider []. A mini-batch with
@@ -90,24 +90,26 @@ def mean_and_coherence(
         _inner_products.check_stack(grads, direction, 0)
     if not jax.tree.leaves(grads):
         return grads, jnp.zeros(())
-    like, count = grads, 1
+    own, count = grads, 1
     if example_axis is not None:
         _inner_products.check_varying(grads, example_axis)
         count = jax.lax.axis_size(example_axis)
         if count == 1:
-            like = jax.lax.pmean(grads, example_axis)  # says that there is nothing to average
+            own = jax.lax.pmean(grads, example_axis)  # says that there is nothing to average
     if count > 1:  # this device's shard of the mini-batch's gradient, and of the direction
-        place = jax.lax.axis_index(example_axis)
-        like = _collective.to_shards(
-            grads, count, lambda x: jax.lax.psum_scatter(x / count, example_axis)
+        # Not by psum_scatter, which XLA may compile to an all-reduce: twice the bytes.
+        own = _collective.to_shards(
+            grads, count, lambda x: _collective.mean_of_own_shard(x, example_axis)
         )
+        place = jax.lax.axis_index(example_axis)
         direction = _collective.to_shards(direction, count, lambda x: x[place])
-    stack = like if axis_name is None else jax.tree.map(lambda g: g[None], like)
-    grouping = _inner_products.resolve_groups(like, None)
+    stack = own if axis_name is None else jax.tree.map(lambda g: g[None], own)
+    grouping = _inner_products.resolve_groups(own, None)
     products = _inner_products.stack_products(stack, grouping, 0, with_gram=False, past=direction)
     if count > 1:
         products = jax.lax.psum(products, example_axis)
     total = _inner_products.finite_sum(stack, products.sq_norms, grouping)
+    like = own if count == 1 else jax.tree.map(lambda x, g: x.astype(g.dtype), own, grads)
     mean, coherence = _mean_and_coherence(total, products.dots, products.sq_norms, like, axis_name)
     if count > 1:
         mean = _collective.from_shards(mean, grads, example_axis)

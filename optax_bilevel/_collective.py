@@ -194,6 +194,15 @@ def from_shards(shards: PyTree, like: PyTree, axes: AxisName) -> PyTree:
     return treedef.unflatten(results)
 
 
+def mean_of_own_shard(buffer: jax.Array, axes: AxisName) -> jax.Array:
+    """The mean over devices of the shard that is this device's, [width], of their [devices, width].
+
+    Exchanged in the buffer's dtype, averaged in float32 or wider.
+    """
+    shards = jax.lax.all_to_all(buffer, axes, 0, 0, tiled=True)
+    return jnp.mean(shards.astype(_inner_products.accumulation_dtype(buffer.dtype)), axis=0)
+
+
 def _by_dtype(leaves: list[Any]) -> dict[Any, list[int]]:
     return {
         dtype: [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
