@@ -1,10 +1,12 @@
 """Runs the benchmarks, prints tables, and writes ``runs/bench/summary.json``."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import sys
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -162,34 +164,48 @@ def _machine() -> dict[str, Any]:
             processor = core["model name"]
             processor += f" (family {core.get('cpu family')}, model {core.get('model')})"
     tunables = os.environ.get("GLIBC_TUNABLES", "")  # of the C library's memory allocation
-    return {**environment(), "processor": processor, "cores": os.cpu_count(), "tunables": tunables}
+    here = {"processor": processor, "cores": os.cpu_count(), "tunables": tunables}
+    found = importlib.metadata.distributions(path=[*sys.path, str(pod_steps.libtpu())])
+    versions = {each.name: each.version for each in found}
+    optional = {name: versions[name] for name in _OPTIONAL if name in versions}
+    before = environment()
+    return {**before, **here, "packages": before["packages"] | optional}
 
 
-def _earlier(file: pathlib.Path, machine: dict[str, Any]) -> Figures:
-    """The figures of an earlier run of the same code on the same machine."""
-    if file.exists():
-        summary = json.loads(file.read_text())
-        before = summary.get("environment", {})
-        same = (name for name in machine if name not in ("time", "command"))
-        if all(machine[name] == before.get(name) for name in same):
-            return summary
-    return {}
+_OPTIONAL = ("torch", "torchjd", "libtpu")
+
+
+def _comparable(machine: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What two runs must share for their figures to stand in one table; None where none can."""
+    if machine is None or str(machine["revision"]).endswith("-dirty"):
+        return None
+    return {name: of for name, of in machine.items() if name not in ("time", "command")}
 
 
 def main(options: Benchmarks, console: Console) -> None:
-    """Runs the parts; each is printed and written as it ends."""
+    """Runs the parts; each is printed and written as it ends.
+
+    Parts that are not run keep what an earlier run wrote; "environments" says what each part was
+    measured with. Within a part, cases measured with the same are kept beside the new ones.
+    """
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "summary.json"
     machine = _machine()
-    summary = {**_earlier(file, machine), "environment": machine}
+    summary = json.loads(file.read_text()) if file.exists() else {}
+    environments = summary.setdefault("environments", {})
     begun = time.monotonic()
     for part in options.parts:
         started = time.monotonic()
         console.print(f"[bold]{part}[/bold]")
-        for name, figures in _PARTS[part](options, console).items():
+        before = _comparable(environments.get(part))
+        alike = before is not None and before == _comparable(machine)
+        found = _PARTS[part](options, console)
+        for name, figures in found.items():
             known: Any = summary.get(name)
             both = isinstance(known, dict) and isinstance(figures, dict)
-            summary[name] = known | figures if both else figures
+            summary[name] = known | figures if alike and both else figures
+        if found:
+            environments[part] = machine
         write_json(file, summary)
         console.print(Markdown(tables.PARTS[part](summary)))
         console.print(f"  {time.monotonic() - started:.0f} s")

@@ -44,10 +44,11 @@ PODS["v5e_4x4_k16_coherent"] = Pod("4x4", 16, "coherent")
 
 def available() -> bool:
     """Whether libtpu is there to compile with."""
-    return (_libtpu() / "libtpu").is_dir() or importlib.util.find_spec("libtpu") is not None
+    return (libtpu() / "libtpu").is_dir() or importlib.util.find_spec("libtpu") is not None
 
 
-def _libtpu() -> pathlib.Path:
+def libtpu() -> pathlib.Path:
+    """Where libtpu is, if not among the installed packages."""
     return pathlib.Path(os.environ.get("LIBTPU_DIR", pathlib.Path(sys.prefix, "tpu")))
 
 
@@ -89,7 +90,7 @@ def _in_process(topology: str, k: int, method: str) -> dict[str, Any]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(_libtpu())]),
+        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(libtpu())]),
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so that several processes may do this
     }
     result = subprocess.run(

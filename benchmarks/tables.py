@@ -197,16 +197,18 @@ def pods(summary: Summary) -> str:
                     f"{figures['traffic_vs_sgd']:.4f}" if ours else "1",
                     f"{of['memory'] / 1e6:,.0f}",
                     f"{figures['extra_gradients']:+.2f}" if ours else "",
+                    f"{of['flops'] / figures['sgd']['flops']:.3f}",
                     f"{of['compile_seconds']:.0f}",
                 )
             )
     return _table(
         (
-            "ResNet-50, 32 images of 224×224 a chip",
+            "the trainer's step of ResNet-50, 32 images of 256×256 a chip",
             "MB sent by a chip",
             "of SGD's",
             "MB held by a chip",
             "beyond SGD, gradients",
+            "operations, of SGD's",
             "compile, s",
         ),
         rows,
@@ -226,14 +228,20 @@ PARTS: dict[str, Callable[[Summary], str]] = {
 
 
 def machine(summary: Summary) -> str:
-    """One line on where the figures come from."""
-    of = summary["environment"]
+    """On where the figures come from: a line for the parts that were measured with the same."""
+    lines: dict[str, list[str]] = {}
+    for part, of in summary["environments"].items():
+        lines.setdefault(_environment(of), []).append(part)
+    return "\n".join(f"{', '.join(parts)}: {line}.\n" for line, parts in lines.items())
+
+
+def _environment(of: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in of["packages"].items())
     tunables = of.get("tunables", "")
     return (
         f"{of['cores']} cores of {of['processor']}, devices {', '.join(of['devices'])}, "
         f"Python {of['python']}, {packages}, revision {of['revision']}, {of['time'][:10]}"
-        f"{tunables and f', GLIBC_TUNABLES={tunables}'}.\n"
+        f"{tunables and f', GLIBC_TUNABLES={tunables}'}"
     )
 
 
