@@ -83,6 +83,18 @@ def main():
                 )
                 for solver in ("diagonal", "exact")
             },
+            "coherent": compile_step(
+                topology.devices,
+                widths,
+                dtype,
+                shape,
+                lambda g, example_axis=example_axis: optax_bilevel.mean_and_coherence(
+                    g,
+                    jax.tree.map(lambda x: jnp.full(x.shape, 0.5), g),
+                    axis_name="batch",
+                    example_axis=example_axis,
+                )[0],
+            ),
             "past": compile_step(
                 topology.devices,
                 widths,

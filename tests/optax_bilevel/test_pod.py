@@ -44,13 +44,16 @@ needs_libtpu = pytest.mark.skipif(
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", ["diagonal", "exact", "past"])
+@pytest.mark.parametrize("solver", ["diagonal", "exact", "past", "coherent"])
 @pytest.mark.parametrize("case", ["even", "odd", "bfloat16", "two axes"])
 def test_moves_what_pmean_moves(case, solver):
     ours = traffic.bytes_moved(texts()[case][solver], 16)
     pmean = traffic.bytes_moved(texts()[case]["pmean"], 16)
     assert set(pmean) == {"all-reduce"}
-    assert ours["all-to-all"] > 0.4 * pmean["all-reduce"]
+    if solver != "coherent":
+        assert ours["all-to-all"] > 0.4 * pmean["all-reduce"]
+    elif case != "two axes":
+        assert set(ours) == {"all-reduce"}
     assert sum(ours.values()) <= 1.01 * sum(pmean.values())
 
 
