@@ -395,7 +395,8 @@ def markdown(sections: list[Section]) -> str:
         "Accuracy in %, mean ± standard deviation over seeds; `test`: clean test labels, last and "
         "best epoch; `wrong labels`: the share of the training labels, %; `train`: on the given "
         "(noisy) and on the true labels; `gap`: train less test, last, where labels are clean; "
-        "`visits`: images seen in training; `MB`: peak main memory.",
+        "`visits`: images seen in training; `MB`: the most main memory of the process, what the "
+        "arms before have left in it included.",
     ]
     for section in sections:
         lines += ["", f"## {section.title}"]
@@ -479,7 +480,8 @@ def _page(sections: list[Section], figures: dict[str, list[str]]) -> str:
         '<p class="soft">Accuracy in %, mean ± standard deviation over seeds. Test: clean labels,',
         "last and best epoch. Wrong labels: the share of the training labels, %. Train: on the",
         "given (noisy) and on the true labels. Gap: train less test, last, where labels are clean.",
-        "Visits: images seen in training. MB: peak main memory.</p>",
+        "Visits: images seen in training. MB: the most main memory of the process, what the arms "
+        "before have left in it included.</p>",
         "<nav>",
         *(f'<a href="#{s.key}">{escape(s.title)}</a>' for s in sections),
         "</nav>",
