@@ -25,7 +25,7 @@ from train.run_directory import RunDirectory, RunDirectoryError, write_json
 
 EVALUATED_TRAINING_EXAMPLES = 5000
 _EVALUATION_BATCH = 500
-_RESIDENT_BYTES = 2**28  # of training images that are copied to the device; CIFAR-10's are 0.57
+_RESIDENT_BYTES = 2**28  # of training images that are copied to the device
 _AGREE_EVERY = 32  # steps between asking the first process whether it is time for a checkpoint
 
 # Streams of random numbers, apart from each other for every seed.
@@ -338,16 +338,27 @@ def feed(
     One device keeps the whole training set if its images are in memory and take at most 256 MiB;
     then only the order of each epoch is handed over. Else every step's batch is.
     """
+    images = problem.dataset.train.images
+    small = isinstance(images, np.ndarray) and images.nbytes <= _RESIDENT_BYTES
+    if small and program.layout is None:
+        return _resident(problem, first_step, num_steps)
+    return _handed_over(program, problem, first_step, num_steps)
+
+
+def _resident(problem: Problem, first_step: int, num_steps: int) -> Generator[Resident]:
+    train, order = problem.dataset.train, problem.order
+    images, labels, true = jax.device_put((train.images, train.labels, problem.true))
+    n = order.steps_per_epoch
+    for epoch in range(first_step // n, -(-num_steps // n)):
+        resident = Resident(images, labels, true, jax.device_put(order.epoch(epoch)))
+        steps = range(max(first_step, epoch * n), min(num_steps, (epoch + 1) * n))
+        yield from itertools.repeat(resident, len(steps))
+
+
+def _handed_over(
+    program: Program, problem: Problem, first_step: int, num_steps: int
+) -> Generator[RawBatch]:
     train, order, layout = problem.dataset.train, problem.order, program.layout
-    images = train.images
-    if layout is None and isinstance(images, np.ndarray) and images.nbytes <= _RESIDENT_BYTES:
-        images, labels, true = jax.device_put((images, train.labels, problem.true))
-        n = order.steps_per_epoch
-        for epoch in range(first_step // n, -(-num_steps // n)):
-            resident = Resident(images, labels, true, jax.device_put(order.epoch(epoch)))
-            steps = range(max(first_step, epoch * n), min(num_steps, (epoch + 1) * n))
-            yield from itertools.repeat(resident, len(steps))
-        return
     part: Any = ()
     if layout is not None:
         rows, columns = layout.part((order.k, order.b))

@@ -72,12 +72,13 @@ def test_arms(name, scale):
 def test_the_laptop_grid_of_figure_3(network, size, prefix):
     arms = experiments.load("figure3").arms("laptop")
     grid = [arm for arm in arms if arm.config.network == network]
-    assert len(grid) == 54
+    assert len(grid) == 60
     assert {arm.x for arm in grid} == {0, 20, 40, 50, 60, 80}
     for arm in grid:
         rate = arm.config.noise_rate if arm.config.noise == "symmetric" else 0
         assert rate == arm.x / 100
         assert (arm.config.k, arm.config.b, arm.config.train_size) == (8, 8, size)
+        assert (arm.config.sampling == "random") == (arm.series == "sgd_random")
     (dropout,) = (arm for arm in grid if arm.label == f"{prefix}noise50-dropout")
     assert (dropout.config.method, dropout.config.dropout_rate) == ("sgd", 0.7)
 
@@ -92,7 +93,7 @@ def test_the_rows_of_table_3():
     assert (config.method, config.k * config.b, config.epochs) == ("bilevel_mixup", 128, 200)
     laptop = experiments.load("table3").arms("laptop")
     assert {arm.series for arm in laptop} == set(METHODS)
-    assert sum(arm.home == "figure3" for arm in laptop) == 9
+    assert sum(arm.home == "figure3" for arm in laptop) == 10
 
 
 def test_figure_2_keeps_the_total_while_k_varies():
@@ -136,7 +137,7 @@ def test_list_names_every_experiment(capsys, monkeypatch):
         (["figure9", "--scale", "laptop"], "unknown experiment 'figure9'; known: figure2, table1"),
         (
             ["table2", "--scale", "laptop", "--only", "adam"],
-            "table2 has no arm 'adam' at scale laptop; known: sgd, uniform, bilevel, bilevel_exact",
+            "table2 has no arm 'adam' at scale laptop; known: sgd, sgd_random, uniform, bilevel",
         ),
     ],
 )
