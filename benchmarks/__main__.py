@@ -44,8 +44,8 @@ class Benchmarks:
     pods: Annotated[
         tuple[str, ...],
         tyro.conf.arg(
-            help=f"what to compile ResNet-50 for, of {', '.join(pod_steps.PODS)}; six or seven "
-            "minutes of a core for each, and for SGD on each topology"
+            help=f"what to compile ResNet-50 for, of {', '.join(pod_steps.PODS)}; three to "
+            "nine minutes of a core for each, and for SGD on each topology"
         ),
     ] = ("v5e_4x4_k8",)
     rounds: Annotated[int, tyro.conf.arg(help="timings of each candidate; the median counts")] = 9

@@ -1,7 +1,7 @@
 """ResNet-50's training step, compiled for TPU pods that nobody here has: traffic and memory.
 
 libtpu compiles ahead of time for a pod's topology on any x86-64 Linux machine. One compilation
-takes a core six or seven minutes; each runs in a process of its own, for libtpu wants to be on the
+takes a core three to nine minutes; each runs in a process of its own, for libtpu wants to be on the
 path before JAX starts.
 """
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_bilevel import _collective, _inner_products, _rule
+from optax_bilevel import _inner_products, _rule, _shards
 from optax_bilevel._inner_products import AxisName, PyTree
 from optax_bilevel._stream import Stream
 
@@ -98,11 +98,9 @@ def mean_and_coherence(
             own = jax.lax.pmean(grads, example_axis)  # says that there is nothing to average
     if count > 1:  # this device's shard of the mini-batch's gradient, and of the direction
         # Not by psum_scatter, which XLA may compile to an all-reduce: twice the bytes.
-        own = _collective.to_shards(
-            grads, count, lambda x: _collective.mean_of_own_shard(x, example_axis)
-        )
+        own = _shards.to_shards(grads, count, lambda x: _shards.mean_of_own_shard(x, example_axis))
         place = jax.lax.axis_index(example_axis)
-        direction = _collective.to_shards(direction, count, lambda x: x[place])
+        direction = _shards.to_shards(direction, count, lambda x: x[place])
     stack = own if axis_name is None else jax.tree.map(lambda g: g[None], own)
     grouping = _inner_products.resolve_groups(own, None)
     products = _inner_products.stack_products(stack, grouping, 0, with_gram=False, past=direction)
@@ -112,7 +110,7 @@ def mean_and_coherence(
     like = own if count == 1 else jax.tree.map(lambda x, g: x.astype(g.dtype), own, grads)
     mean, coherence = _mean_and_coherence(total, products.dots, products.sq_norms, like, axis_name)
     if count > 1:
-        mean = _collective.from_shards(mean, grads, example_axis)
+        mean = _shards.from_shards(mean, grads, example_axis)
     return mean, coherence
 
 

@@ -7,20 +7,13 @@ forms the weighted sum of its shard and gathers the shards of the others (all-ga
 exchanges move the bytes of the reduce-scatter and the all-gather that an all-reduce consists of.
 """
 
-import itertools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optax_bilevel import _inner_products, _past, _rule
+from optax_bilevel import _inner_products, _past, _rule, _shards
 from optax_bilevel._inner_products import AxisName, Groups, PyTree
-
-# Shards are padded to a multiple of a TPU's lanes, or XLA turns the final all-gather into an
-# all-reduce, which moves twice the bytes.
-_ALIGNMENT = 128
 
 
 def bilevel_pmean(
@@ -113,7 +106,9 @@ def bilevel_pmean(
     rows = None if past is None else _rows(past)
     _past.check(
         rows,
-        jax.tree.map(lambda g: jax.ShapeDtypeStruct((_width(g, k * spread),), g.dtype), grads),
+        jax.tree.map(
+            lambda g: jax.ShapeDtypeStruct((_shards.width(g, k * spread),), g.dtype), grads
+        ),
         rule,
         f"init_past(params, num_devices={k * spread}), a row for each device",
     )
@@ -128,7 +123,7 @@ def bilevel_pmean(
             shards = jnp.mean(shards.reshape(k, spread, -1), axis=1)
         return shards
 
-    stacked = to_shards(grads, k * spread, exchange)
+    stacked = _shards.to_shards(grads, k * spread, exchange)
     products = jax.lax.psum(
         _inner_products.stack_products(
             stacked,
@@ -141,7 +136,7 @@ def bilevel_pmean(
     )
     weights = _rule.weigh(products, rule, _past.has_past(past))
     sums = _inner_products.weighted_sum(stacked, weights.values, grouping)
-    result = from_shards(sums, grads, everywhere)
+    result = _shards.from_shards(sums, grads, everywhere)
     if past is not None and rows is not None:
         rows = _past.advance_by_stack(rows, stacked, products.sq_norms, grouping, rule)
         rows = rows._replace(
@@ -149,65 +144,6 @@ def bilevel_pmean(
         )
     presented = grouping.present(weights.values) if return_weights else None
     return _results(result, presented, rows)
-
-
-def to_shards(tree: PyTree, count: int, exchange: Callable[[jax.Array], jax.Array]) -> PyTree:
-    """Exchanges the pieces of all leaves in one flat buffer per dtype.
-
-    A shard holds a piece of every leaf, so that leaves, and with them groups, lie at the same place
-    in every shard.
-
-    Args:
-        tree: leaves [*shape], each cut into `count` pieces.
-        count: of shards.
-        exchange: maps buffers [count, width of a shard] to shards [..., width].
-
-    Returns:
-        leaves [..., width of the leaf's piece].
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    shards: list[Any] = [None] * len(leaves)
-    for dtype, indices in _by_dtype(leaves).items():
-        pieces = [_pieces(leaves[i], count) for i in indices]
-        widths = [piece.shape[-1] for piece in pieces]
-        padding = jnp.zeros((count, -sum(widths) % _ALIGNMENT), dtype)
-        whole = exchange(jnp.concatenate([*pieces, padding], axis=-1))
-        for i, end, width in zip(indices, itertools.accumulate(widths), widths, strict=True):
-            shards[i] = whole[..., end - width : end]
-    return treedef.unflatten(shards)
-
-
-def from_shards(shards: PyTree, like: PyTree, axes: AxisName) -> PyTree:
-    """Gathers over `axes` what `to_shards` cut: leaves of the shapes and dtypes of `like`."""
-    leaves, treedef = jax.tree.flatten(like)
-    own = jax.tree.leaves(shards)
-    results: list[Any] = [None] * len(leaves)
-    for dtype, indices in _by_dtype(leaves).items():
-        widths = [own[i].size for i in indices]
-        padding = jnp.zeros((-sum(widths) % _ALIGNMENT,), dtype)
-        shard = jnp.concatenate([*(own[i].astype(dtype) for i in indices), padding])
-        full = jax.lax.all_gather(shard, axes, to=_same_everywhere(axes))
-        full = full.reshape(-1, shard.size)
-        for i, end, width in zip(indices, itertools.accumulate(widths), widths, strict=True):
-            flat = full[:, end - width : end].reshape(-1)
-            results[i] = flat[: leaves[i].size].reshape(leaves[i].shape)
-    return treedef.unflatten(results)
-
-
-def mean_of_own_shard(buffer: jax.Array, axes: AxisName) -> jax.Array:
-    """The mean over devices of the shard that is this device's, [width], of their [devices, width].
-
-    Exchanged in the buffer's dtype, averaged in float32 or wider.
-    """
-    shards = jax.lax.all_to_all(buffer, axes, 0, 0, tiled=True)
-    return jnp.mean(shards.astype(_inner_products.accumulation_dtype(buffer.dtype)), axis=0)
-
-
-def _by_dtype(leaves: list[Any]) -> dict[Any, list[int]]:
-    return {
-        dtype: [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
-        for dtype in dict.fromkeys(leaf.dtype for leaf in leaves)
-    }
 
 
 def _results(grads: PyTree, weights: jax.Array | None, past: _past.Past | None) -> Any:
@@ -221,22 +157,3 @@ def _rows(past: Any) -> Any:
         return past
     flat = jax.tree.map(lambda a: a.reshape(-1), past.average)
     return past._replace(average=flat)
-
-
-def _width(leaf: jax.Array, count: int) -> int:
-    return math.ceil(leaf.size / count)
-
-
-def _pieces(leaf: jax.Array, count: int) -> jax.Array:
-    """A leaf cut into `count` equal pieces, the last ones padded with zeros: [count, width]."""
-    width = _width(leaf, count)
-    return jnp.pad(leaf.reshape(-1), (0, count * width - leaf.size)).reshape(count, width)
-
-
-def _same_everywhere(axis_name: AxisName) -> Any:
-    """How all_gather is told that its result no longer differs along the axis."""
-    return (
-        "invarying"
-        if all(map(_inner_products.is_tracked, _inner_products.axes_of(axis_name)))
-        else "varying"
-    )

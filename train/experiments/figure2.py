@@ -66,12 +66,16 @@ def _rows(base: Config, scale: Scale, network: str, percent: int) -> list[Arm]:
 
     def arm(row: str, x: float, panel: Panel, method: str = "bilevel", **changes) -> Arm:
         name = "" if method == "bilevel" else f"{method}-"
+        label, home = f"{prefix}noise{percent}-{name}{row}{x:g}", None
+        if scale == "laptop" and network == "CifarNet" and (row, x) == ("k", base.k):
+            label, home = f"{prefix}noise{percent}-{method}", "figure3"  # which trains it
         return Arm(
-            label=f"{prefix}noise{percent}-{name}{row}{x:g}",
+            label=label,
             config=dataclasses.replace(base, method=method, **changes),
             panel=panel,
             series=f"{method}, {of_labels}",
             x=x,
+            home=home,
         )
 
     ratio = Panel(f"{network}: share of the data kept for validation only", "validation ratio")

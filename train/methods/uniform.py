@@ -8,19 +8,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from train import mesh
+from train.mesh import Layout
+from train.methods.bilevel import on_each_device
 from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
 
 
 def make(config: Any, task: Task) -> Method:
     """Takes `num_validation` from the config."""
-    del task
-    num_validation = config.num_validation
+    num_validation, layout = config.num_validation, task.layout
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: PyTree) -> Gradient:
         k = batches.images.shape[0]
         training = jnp.arange(k) >= num_validation
         weights = training / jnp.sum(training)
+        if layout is not None and layout.spread > 1:
+            losses, aux, grads = _over_parts(layout, loss_fn, params, batches, weights)
+            return Gradient(losses, aux, grads, weights, state)
 
         # The gradient of the weighted loss: no gradient per mini-batch is ever formed.
         def weighted_loss(params: PyTree) -> tuple[jax.Array, Any]:
@@ -32,3 +38,19 @@ def make(config: Any, task: Task) -> Method:
 
     share = f"1/{config.k - num_validation}"
     return Method(gradient, f"weights {share}, as the gradient of the mean training loss")
+
+
+def _over_parts(
+    layout: Layout, loss_fn: LossFn, params: PyTree, batches: Batch, weights: jax.Array
+) -> Any:
+    """Losses, what comes beside them and the gradient, of a part of a mini-batch on each device.
+
+    In one all-reduce; left to itself the compiler adds up parts first and then mini-batches.
+    """
+
+    def combine(grads: PyTree, weights: jax.Array) -> tuple[Any, ...]:
+        share = weights[jax.lax.axis_index(mesh.BATCH)] / layout.spread
+        own = jax.tree.map(lambda g: jnp.where(share > 0, g * share.astype(g.dtype), 0), grads)
+        return (jax.lax.psum(own, mesh.ALL),)
+
+    return on_each_device(layout, loss_fn, combine, (P(),), (P(),))(params, batches, weights)
