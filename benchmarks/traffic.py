@@ -49,5 +49,9 @@ def _group_size(attributes: str) -> int | None:
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
     if iota:
         return int(iota[1])
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes)  # jax 0.12
+    if named:
+        sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'\w+'", named[2]))
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     return listed and len(listed[1].split(","))

@@ -66,12 +66,13 @@ def test_bytes_moved_counts_ring_traffic():
   %e = (f32[10]{0}, f32[160]{0}) all-gather-start(f32[10]{0} %x), dimensions={0}
   %f = f32[160]{0} all-gather-done(%e)
   %g = f32[10]{0} reduce-scatter(f32[160]{0} %x), dimensions={0}
+  %i = f32[10]{0} all-gather(f32[5]{0} %x), replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={0}
   %h = f32[5]{0} add(f32[5]{0} %x, f32[5]{0} %x)
 """
     moved = traffic.bytes_moved(text, 16)
     assert moved == {
         "all-reduce": 2 * 3 / 4 * 400 + 2 * 15 / 16 * (64 + 8),
         "all-to-all": 15 / 16 * 640,
-        "all-gather": 2 * 15 / 16 * 640,
+        "all-gather": 2 * 15 / 16 * 640 + 1 / 2 * 40,
         "reduce-scatter": 15 * 40,
     }
