@@ -165,11 +165,10 @@ def _machine() -> dict[str, Any]:
             processor += f" (family {core.get('cpu family')}, model {core.get('model')})"
     tunables = os.environ.get("GLIBC_TUNABLES", "")  # of the C library's memory allocation
     here = {"processor": processor, "cores": os.cpu_count(), "tunables": tunables}
-    found = importlib.metadata.distributions(path=[*sys.path, str(pod_steps.libtpu())])
-    versions = {each.name: each.version for each in found}
-    optional = {name: versions[name] for name in _OPTIONAL if name in versions}
-    before = environment()
-    return {**before, **here, "packages": before["packages"] | optional}
+    installed = importlib.metadata.distributions(path=[*sys.path, str(pod_steps.libtpu())])
+    optional = {each.name: each.version for each in installed if each.name in _OPTIONAL}
+    common = environment()
+    return {**common, **here, "packages": common["packages"] | optional}
 
 
 _OPTIONAL = ("torch", "torchjd", "libtpu")

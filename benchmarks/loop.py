@@ -11,7 +11,7 @@ from train import demo, trainer
 from train.program import Program, RawBatch, State
 
 
-def overhead(epochs: int = 20, rounds: int = 15) -> dict[str, float]:
+def overhead(epochs: int = 20, rounds: int = 7) -> dict[str, float]:
     """Seconds per step of the loop and of the compiled step alone, and their ratio minus one.
 
     Both run the demo's config with the paper's rule: the loop with its sampler, transfer and

@@ -154,9 +154,11 @@ def compile_step(topology: str, k: int, method: str) -> dict[str, Any]:
     images = labels.update(shape=(k, b, 256, 256, 3), dtype=jnp.uint8)
     batch = RawBatch(images, labels, labels, labels)
     if program.copies:
-        first = jax.tree.map(lambda x: x.update(shape=(program.copies, *x.shape[1:])), batch)
-        first = jax.tree.map(lambda x: x.update(sharding=layout.replicated), first)
-        batch = batch._replace(copies=first)
+        first = (program.copies, b)
+        copies = jax.tree.map(
+            lambda x: x.update(shape=(*first, *x.shape[2:]), sharding=layout.replicated), batch
+        )
+        batch = batch._replace(copies=copies)
     started = time.perf_counter()
     compiled = program.step.lower(state, batch, key).compile()
     seconds = time.perf_counter() - started

@@ -90,27 +90,26 @@ def mean_and_coherence(
         _inner_products.check_stack(grads, direction, 0)
     if not jax.tree.leaves(grads):
         return grads, jnp.zeros(())
-    own, count = grads, 1
+    spread, stack = 1, grads
     if example_axis is not None:
         _inner_products.check_varying(grads, example_axis)
-        count = jax.lax.axis_size(example_axis)
-        if count == 1:
-            own = jax.lax.pmean(grads, example_axis)  # says that there is nothing to average
-    if count > 1:  # this device's shard of the mini-batch's gradient, and of the direction
+        spread = jax.lax.axis_size(example_axis)
+    if spread > 1:  # this device's shard of the mini-batch's gradient, and of the direction
         # Not by psum_scatter, which XLA may compile to an all-reduce: twice the bytes.
-        own = _shards.to_shards(grads, count, lambda x: _shards.mean_of_own_shard(x, example_axis))
-        place = jax.lax.axis_index(example_axis)
-        direction = _shards.to_shards(direction, count, lambda x: x[place])
-    stack = own if axis_name is None else jax.tree.map(lambda g: g[None], own)
-    grouping = _inner_products.resolve_groups(own, None)
+        stack = _shards.exchange(grads, example_axis, spread)
+        direction = _shards.own(direction, example_axis)
+    elif axis_name is not None:
+        if example_axis is not None:  # says that there is nothing to average
+            stack = jax.lax.pmean(grads, example_axis)
+        stack = jax.tree.map(lambda g: g[None], stack)
+    grouping = _inner_products.resolve_groups(stack, None)
     products = _inner_products.stack_products(stack, grouping, 0, with_gram=False, past=direction)
-    if count > 1:
+    if spread > 1:
         products = jax.lax.psum(products, example_axis)
     total = _inner_products.finite_sum(stack, products.sq_norms, grouping)
-    like = own if count == 1 else jax.tree.map(lambda x, g: x.astype(g.dtype), own, grads)
-    mean, coherence = _mean_and_coherence(total, products.dots, products.sq_norms, like, axis_name)
-    if count > 1:
-        mean = _shards.from_shards(mean, grads, example_axis)
+    mean, coherence = _mean_and_coherence(total, products.dots, products.sq_norms, grads, axis_name)
+    if spread > 1:
+        mean = _shards.gather(mean, grads, example_axis)
     return mean, coherence
 
 

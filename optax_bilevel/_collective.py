@@ -116,14 +116,7 @@ def bilevel_pmean(
         return _results(grads, jnp.zeros((k,)) if return_weights else None, past)
     grouping = _inner_products.resolve_groups(grads, groups)
 
-    def exchange(buffer: jax.Array) -> jax.Array:
-        shards = jax.lax.all_to_all(buffer, everywhere, 0, 0, tiled=True)
-        if spread > 1:  # the examples of a mini-batch, averaged here rather than on the way
-            shards = shards.astype(_inner_products.accumulation_dtype(buffer.dtype))
-            shards = jnp.mean(shards.reshape(k, spread, -1), axis=1)
-        return shards
-
-    stacked = _shards.to_shards(grads, k * spread, exchange)
+    stacked = _shards.exchange(grads, everywhere, spread)
     products = jax.lax.psum(
         _inner_products.stack_products(
             stacked,
@@ -136,7 +129,7 @@ def bilevel_pmean(
     )
     weights = _rule.weigh(products, rule, _past.has_past(past))
     sums = _inner_products.weighted_sum(stacked, weights.values, grouping)
-    result = _shards.from_shards(sums, grads, everywhere)
+    result = _shards.gather(sums, grads, everywhere)
     if past is not None and rows is not None:
         rows = _past.advance_by_stack(rows, stacked, products.sq_norms, grouping, rule)
         rows = rows._replace(

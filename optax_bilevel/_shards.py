@@ -16,19 +16,41 @@ from optax_bilevel._inner_products import AxisName, PyTree
 _ALIGNMENT = 128
 
 
-def to_shards(tree: PyTree, count: int, exchange: Callable[[jax.Array], jax.Array]) -> PyTree:
-    """Exchanges the pieces of all leaves in one flat buffer per dtype.
+def exchange(tree: PyTree, axes: AxisName, spread: int) -> PyTree:
+    """This device's shard of every device's gradient, averaged over each `spread` neighbours.
 
-    A shard holds a piece of every leaf, so that leaves, and with them groups, lie at the same place
-    in every shard.
+    Sent in the gradients' dtypes, averaged in float32 or wider.
 
     Args:
-        tree: leaves [*shape], each cut into `count` pieces.
-        count: of shards.
-        exchange: maps buffers [count, width of a shard] to shards [..., width].
+        tree: leaves [*shape].
+        axes: of the D devices.
+        spread: how many devices in a row share a mini-batch.
 
     Returns:
-        leaves [..., width of the leaf's piece].
+        leaves [D/spread, width of the leaf's piece].
+    """
+
+    def send(buffer: jax.Array) -> jax.Array:
+        shards = jax.lax.all_to_all(buffer, axes, 0, 0, tiled=True)
+        if spread > 1:  # the examples of a mini-batch, averaged here rather than on the way
+            shards = shards.astype(_inner_products.accumulation_dtype(buffer.dtype))
+            shards = jnp.mean(shards.reshape(-1, spread, shards.shape[1]), axis=1)
+        return shards
+
+    return _cut(tree, jax.lax.axis_size(axes), send)
+
+
+def own(tree: PyTree, axes: AxisName) -> PyTree:
+    """This device's shard of a tree that is the same on all: leaves [width of the piece]."""
+    place = jax.lax.axis_index(axes)
+    return _cut(tree, jax.lax.axis_size(axes), lambda buffer: buffer[place])
+
+
+def _cut(tree: PyTree, count: int, shards_of: Callable[[jax.Array], jax.Array]) -> PyTree:
+    """Cuts all leaves into `count` pieces, in one flat buffer [count, width of a shard] per dtype.
+
+    A shard holds a piece of every leaf, so that leaves, and with them groups, lie at the same place
+    in every shard. Leaves are [..., width of the piece] of what `shards_of` makes of a buffer.
     """
     leaves, treedef = jax.tree.flatten(tree)
     shards: list[Any] = [None] * len(leaves)
@@ -36,36 +58,27 @@ def to_shards(tree: PyTree, count: int, exchange: Callable[[jax.Array], jax.Arra
         pieces = [_pieces(leaves[i], count) for i in indices]
         widths = [piece.shape[-1] for piece in pieces]
         padding = jnp.zeros((count, -sum(widths) % _ALIGNMENT), dtype)
-        whole = exchange(jnp.concatenate([*pieces, padding], axis=-1))
+        whole = shards_of(jnp.concatenate([*pieces, padding], axis=-1))
         for i, end, width in zip(indices, itertools.accumulate(widths), widths, strict=True):
             shards[i] = whole[..., end - width : end]
     return treedef.unflatten(shards)
 
 
-def from_shards(shards: PyTree, like: PyTree, axes: AxisName) -> PyTree:
-    """Gathers over `axes` what `to_shards` cut: leaves of the shapes and dtypes of `like`."""
+def gather(shards: PyTree, like: PyTree, axes: AxisName) -> PyTree:
+    """Whole leaves, of the shapes and dtypes of `like`, of the devices' shards, leaves [width]."""
     leaves, treedef = jax.tree.flatten(like)
-    own = jax.tree.leaves(shards)
+    pieces = jax.tree.leaves(shards)
     results: list[Any] = [None] * len(leaves)
     for dtype, indices in _by_dtype(leaves).items():
-        widths = [own[i].size for i in indices]
+        widths = [pieces[i].size for i in indices]
         padding = jnp.zeros((-sum(widths) % _ALIGNMENT,), dtype)
-        shard = jnp.concatenate([*(own[i].astype(dtype) for i in indices), padding])
+        shard = jnp.concatenate([*(pieces[i].astype(dtype) for i in indices), padding])
         full = jax.lax.all_gather(shard, axes, to=_same_everywhere(axes))
         full = full.reshape(-1, shard.size)
         for i, end, width in zip(indices, itertools.accumulate(widths), widths, strict=True):
             flat = full[:, end - width : end].reshape(-1)
             results[i] = flat[: leaves[i].size].reshape(leaves[i].shape)
     return treedef.unflatten(results)
-
-
-def mean_of_own_shard(buffer: jax.Array, axes: AxisName) -> jax.Array:
-    """The mean over devices of the shard that is this device's, [width], of their [devices, width].
-
-    Exchanged in the buffer's dtype, averaged in float32 or wider.
-    """
-    shards = jax.lax.all_to_all(buffer, axes, 0, 0, tiled=True)
-    return jnp.mean(shards.astype(_inner_products.accumulation_dtype(buffer.dtype)), axis=0)
 
 
 def _by_dtype(leaves: list[Any]) -> dict[Any, list[int]]:

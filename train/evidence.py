@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train.methods import cross_entropy
+
 
 class Evidence(NamedTuple):
     """Sums over all visits of each example so far, on the device; part of the checkpoint.
@@ -45,9 +47,7 @@ class Evidence(NamedTuple):
     def seen(
         cls, labels: jax.Array, logits: jax.Array, alignment: jax.Array | None = None
     ) -> "Evidence":
-        """Of one visit of each example, in the shape of the labels.
-
-        Each example's by itself and without an index, so that it is computed where the logits lie.
+        """Of one visit of each example, in the shape of the labels; computed where the logits lie.
 
         Args:
             labels: given labels, int32 [...].
@@ -55,15 +55,14 @@ class Evidence(NamedTuple):
             alignment: float32 [...], where it is gathered.
         """
         is_given = labels[..., None] == jnp.arange(logits.shape[-1])
-        given = jnp.sum(jnp.where(is_given, logits, 0), axis=-1)
-        loss = jax.nn.logsumexp(logits, axis=-1) - given
+        given = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         margin = given - jnp.max(jnp.where(is_given, -jnp.inf, logits), axis=-1)
         finite = jnp.all(jnp.isfinite(logits), axis=-1)
         if alignment is not None:
             alignment = jnp.where(finite & jnp.isfinite(alignment), alignment, 0)
         return cls(
             finite.astype(jnp.int32),
-            jnp.where(finite, loss, 0),
+            jnp.where(finite, cross_entropy(logits, labels), 0),
             jnp.where(finite, margin, 0),
             (finite & (margin > 0)).astype(jnp.int32),
             alignment,

@@ -321,7 +321,7 @@ def _build(
             return products.reshape(k, b) / jnp.where(length > 0, length, 1)
 
         copies = None
-        if layout is not None and method.copies:
+        if method.copies:
             first = raw.copies
             if first is None:
                 raise ValueError(
@@ -395,7 +395,7 @@ def _build(
         new_epoch=jax.jit(new_epoch, donate_argnums=0, **on_mesh),
         how=how,
         layout=layout,
-        copies=0 if layout is None else method.copies,
+        copies=method.copies,
     )
 
 
