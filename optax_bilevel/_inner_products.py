@@ -394,35 +394,43 @@ def _matmul(subscripts: str, *operands: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
-def _wide(g: Factored) -> tuple[jax.Array, jax.Array]:
+def _rows(g: Factored) -> tuple[jax.Array, jax.Array]:
     """X [k, c, m] and Δ [k, c, n] in the accumulation dtype."""
-    dtype = accumulation_dtype(g.dtype)
-    return g.left.astype(dtype), g.right.astype(dtype)
+    return g.rows(accumulation_dtype(g.dtype))
 
 
 def _factored_square_sums(g: Factored) -> jax.Array:
     """|XᵀΔ|² = Σ (X Xᵀ) ∘ (Δ Δᵀ) of every mini-batch, [k] (Goodfellow 2015, arXiv:1510.01799)."""
-    left, right = (_matmul("kcm,kdm->kcd", x, x) for x in _wide(g))
+    left, right = (_matmul("kcm,kdm->kcd", x, x) for x in _rows(g))
     return jnp.maximum(jnp.sum(left * right, axis=(1, 2)), 0)
 
 
-def _factored_dots(g: Factored, v: jax.Array) -> jax.Array:
-    """⟨v, XᵀΔ⟩ = Σ (X v) ∘ Δ of every mini-batch with v [*shape]: [k]."""
-    left, right = _wide(g)
-    return jnp.sum(_matmul("kcm,mn->kcn", left, g.as_matrix(v).astype(left.dtype)) * right, (1, 2))
+def _factored_dots(g: Factored, v: jax.Array | Factored) -> jax.Array:
+    """⟨v, XᵀΔ⟩ = Σ (X v) ∘ Δ of every mini-batch with v [*shape], or with a sum: [k]."""
+    left, right = _rows(g)
+    if isinstance(v, Factored):
+        pairs = zip((left, right), _rows(v), strict=True)
+        left, right = (_matmul("kcm,dm->kcd", x, y[0]) for x, y in pairs)
+    else:
+        left = _matmul("kcm,mn->kcn", left, g.as_matrix(v).astype(left.dtype))
+    return jnp.sum(left * right, axis=(1, 2))
 
 
 def _factored_dots_among(g: Factored, count: int) -> jax.Array:
     """⟨Σ_{j<count} X_jᵀΔ_j, XᵀΔ⟩ of every mini-batch: [k]."""
-    left, right = (_matmul("jcm,kdm->kjcd", x[:count], x) for x in _wide(g))
+    left, right = (_matmul("jcm,kdm->kjcd", x[:count], x) for x in _rows(g))
     return jnp.sum(left * right, axis=(1, 2, 3))
 
 
-def _factored_sum(g: Factored, omega: jax.Array) -> jax.Array:
-    """Σ_i ω_i X_iᵀΔ_i, [*shape], one product as on the whole batch; ω [k], 0 leaves out."""
-    left, right = (jnp.where(omega[:, None, None] == 0, 0, x) for x in _wide(g))
-    total = jnp.einsum("kcm,kcn->mn", omega[:, None, None] * left, right, precision=g.precision)
-    return g.from_matrix(total)
+def _factored_sum(g: Factored, omega: jax.Array) -> Any:
+    """Σ_i ω_i X_iᵀΔ_i, one product as on the whole batch; ω [k], 0 leaves out."""
+    total = g.summed(omega.astype(accumulation_dtype(g.dtype)))
+    return total if g.kept else formed(total)
+
+
+def formed(x: Any) -> jax.Array:
+    """A sum as an array [*shape]."""
+    return x.formed(accumulation_dtype(x.dtype)) if isinstance(x, Factored) else x
 
 
 # ---------------------------------------------------------------- mapped axes (shard_map, pmap)
@@ -516,7 +524,8 @@ def squared_norms(grads: PyTree, grouping: Grouping) -> jax.Array:
 
 def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
     """|g|² of one gradient, leaves [*shape]: [groups], float32 or wider."""
-    return squared_norms(jax.tree.map(lambda x: x[None], tree), grouping)[:, 0]
+    one = jax.tree.map(lambda x: x if isinstance(x, Factored) else x[None], tree)
+    return squared_norms(one, grouping)[:, 0]
 
 
 # ------------------------------------------------ products of large leaves on one CPU device

@@ -1,6 +1,7 @@
 """Mini-batches one after the other, or some at a time: gradients that are added up and let go."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -50,10 +51,17 @@ class Stream:
             raise ValueError("batches and params need at least one leaf each")
         return count
 
-    def over(self, params: PyTree, batches: PyTree) -> "Chunks":
-        """With what was left open decided for these parameters and mini-batches."""
+    def over(self, params: PyTree, batches: PyTree, *, among_themselves: bool = False) -> "Chunks":
+        """With what was left open decided for these parameters and mini-batches.
+
+        Args:
+            params: of the network.
+            batches: leaves [k, ...].
+            among_themselves: whether gradients are compared with each other alone. With another
+                direction a product compares in as many operations as it is formed in.
+        """
         value_and_grad = jax.value_and_grad(_held(self.loss_fn, self.has_aux), has_aux=self.has_aux)
-        unroll, size, apart = self.loop == "unroll", self.chunk_size, False
+        unroll, size, apart, keep = self.loop == "unroll", self.chunk_size, False, None
         if self.loop is None or size is None:
             # In a loop, or vectorised, XLA runs convolutions several times slower there.
             slow = jax.default_backend() == "cpu" and _convolves(self.loss_fn, params, batches)
@@ -63,7 +71,10 @@ class Stream:
                 size, apart = _fitting(value_and_grad, params, batches, count), slow
                 if apart and size < count:
                     size = 1
-        return Chunks(value_and_grad, params, batches, unroll, size, apart)
+                    if among_themselves and unroll:
+                        # In place of one, the validation gradient and the sum: that, and factors.
+                        keep = max(count / 2, 1)
+        return Chunks(value_and_grad, params, batches, unroll, size, apart, keep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +88,8 @@ class Chunks:
         unroll: whether there is a copy of the network for every chunk.
         size: how many mini-batches are differentiated at a time.
         apart: whether each by itself, and not vectorised.
+        keep: one by one, which gradients stay products to the end: those whose factors take, so
+            many times, no more memory. None: all are formed.
     """
 
     value_and_grad: Callable[..., tuple[Any, PyTree]]
@@ -85,9 +98,13 @@ class Chunks:
     unroll: bool
     size: int
     apart: bool
+    keep: float | None
 
     def differentiate(self, start: Any, size: int, one: Any = 1) -> tuple[Any, PyTree]:
-        """Values and gradients of [start, start + size): stacks, or `Factored` if size > 1."""
+        """Values and gradients of [start, start + size): stacks, or `Factored`."""
+        if self.keep is not None:
+            arguments = self.params, self._batch(start), one
+            return _factors.evaluate(self.value_and_grad, *arguments, stacked=False, keep=self.keep)
         if size == 1:
             result = self.value_and_grad(self.params, self._batch(start), one)
             return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
@@ -138,7 +155,7 @@ class Chunks:
             unroll: in place of the attribute.
 
         Returns:
-            the sum, and a list of the second results.
+            the sum, `Factored` where its parts are, and a list of the second results.
         """
         total, records = None, []
         unroll = self.unroll if unroll is None else unroll
@@ -179,7 +196,7 @@ def _fitting(
 
 
 def _add(total: PyTree | None, part: PyTree, record: Any) -> tuple[PyTree, Any]:
-    return part if total is None else jax.tree.map(jnp.add, total, part), record
+    return part if total is None else jax.tree.map(operator.add, total, part), record
 
 
 def _held(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
@@ -221,10 +238,13 @@ def _accumulate(
 
 
 def _zero_after(total: PyTree) -> jax.Array:
-    """A zero, int32 [], that is not known before every leaf of `total` is.
+    """A zero, int32 [], that is not known before every leaf of `total` is, or its last part.
 
     An optimization barrier would not do: the CPU backend drops it before scheduling.
     """
-    entries = [jnp.real(_inner_products.probe(x)) for x in jax.tree.leaves(total) if x.size]
+    # Of a sum of products the rows that came last.
+    leaves = (x.last if isinstance(x, _factors.Factored) else [x] for x in jax.tree.leaves(total))
+    arrays = [x for part in leaves for x in part if x.size]
+    entries = [jnp.real(_inner_products.probe(x)) for x in arrays]
     dependency = sum(jnp.abs(jnp.nan_to_num(x.astype(jnp.float32))) for x in entries)
     return jnp.minimum(dependency, 0).astype(jnp.int32)

@@ -58,7 +58,10 @@ def bilevel_value_and_grad(
             costs chunk_size gradient buffers in place of one, but for dense layers on few examples,
             whose gradients are then never formed. None takes all k if that needs about the memory
             of three gradients, as of networks that are mostly dense layers, and then takes about
-            the time of one batch of all examples; or else as many as fit, at least one.
+            the time of one batch of all examples; or else as many as fit, at least one. For a
+            loss with convolutions on CPU that is one, and layers whose gradients are large beside
+            what they are made of, the last convolutions of a residual network on few examples, are
+            summed up without forming them.
         axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) over whose D
             devices the k = m·D mini-batches are spread in order, m on each. `batches` then leads
             with ``num_validation + m``: a copy of the validation mini-batches, the same on all
@@ -136,7 +139,7 @@ def bilevel_value_and_grad(
             # Or shard_map would add up the gradients over the devices, each time.
             params = _inner_products.vary(params, axis_name)
             k, first = _share(own, rule.held_out, axis_name)
-        chunks = stream.over(params, batches)
+        chunks = stream.over(params, batches, among_themselves=past is None)
         if chunks.size >= end and past is None and axis_name is None:
             values, stack = chunks.differentiate(0, end)
             products = _inner_products.stack_products(
@@ -181,6 +184,7 @@ def bilevel_value_and_grad(
         values, dots, sq_norms = jax.tree.map(lambda *x: jnp.concatenate(x), *records, *more)
 
         validation_sq_norm = _inner_products.squared_norm(validation, grouping)
+        total = jax.tree.map(_inner_products.formed, total)
         if axis_name is not None:
             places = first + jnp.arange(own)
             dots, sq_norms = (

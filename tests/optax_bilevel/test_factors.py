@@ -1,4 +1,4 @@
-"""Gradients of dense layers that are never formed: the same updates from their factors."""
+"""Gradients of layers that are never formed: the same updates from their factors."""
 
 import functools
 
@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import optax_bilevel
-from optax_bilevel import _factors
+from optax_bilevel import _factors, _stream
 from tests.optax_bilevel.problems import assert_close, distance
 
 K, B = 6, 3
@@ -103,19 +103,29 @@ def test_which_gradients_are_kept_as_factors(name, expected):
     assert kinds(NETWORKS[name]) == expected
 
 
-def test_kernels_of_three_axes_are_factored():
+@pytest.mark.parametrize(
+    ("subscripts", "shape"),
+    [
+        ("bti,ihd->bhtd", (16, 6, 4)),
+        ("bti,hdi->bhtd", (6, 4, 16)),
+        ("bxyi,xyih->bh", (4, 2, 16, 6)),
+    ],
+)
+def test_kernels_of_several_axes_are_factored(subscripts, shape):
     def gradient(kernel, x):
-        return jax.grad(lambda w: jnp.sum(jnp.einsum("bti,ihd->bhtd", x, w) ** 2))(kernel)
+        return jax.grad(lambda w: jnp.sum(jnp.einsum(subscripts, x, w) ** 2))(kernel)
 
-    kernel, x = random(0, 16, 6, 4), random(1, K, 2, 1, 16)
+    kernel = random(0, *shape)
+    x = random(1, K, 2, *((4, 2) if len(shape) == 4 else (1,)), 16)
     whole = jax.vmap(gradient, in_axes=(None, 0))(kernel, x)
     factored = _factors.evaluate(jax.vmap(gradient, in_axes=(None, 0)), kernel, x)
     assert isinstance(factored, _factors.Factored)
     assert factored.count == K
     for i in range(K):
-        product = factored.from_matrix(factored.left[i].T @ factored.right[i])
-        assert_close(product, whole[i])
-    np.testing.assert_array_equal(factored.from_matrix(factored.as_matrix(kernel)), kernel)
+        one = (jnp.arange(K) == i).astype(jnp.float32)
+        assert_close(factored.summed(one).formed(jnp.float32), whole[i])
+        left, right = factored.rows(jnp.float32)
+        assert_close(left[i].T @ right[i], factored.as_matrix(whole[i]))
 
 
 OPTIONS = {
@@ -263,6 +273,212 @@ def test_convolutions_before_large_dense_layers(num_validation):
     options = {"num_validation": num_validation}
     result = jax.jit(functools.partial(by_factors, convolutional, **options))(params, batches)
     assert_close(result, by_stack(convolutional, params, batches, **options), 2e-6)
+
+
+CONVOLUTIONS = {
+    "same": {},
+    "strides": {"window_strides": (2, 1)},
+    "valid": {"padding": "VALID"},
+    "uneven padding": {"padding": ((0, 1), (2, 0))},
+    "cropped": {"padding": ((1, -1), (1, 1))},
+    "dilated kernel": {"rhs_dilation": (1, 2)},
+    "dilated input": {"lhs_dilation": (2, 1), "padding": ((1, 1), (1, 1))},
+    "features first": {"dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+    "kernel of another order": {"dimension_numbers": ("NHWC", "WOIH", "NWHC")},
+    "one place": {"window_strides": (6, 6), "padding": "VALID"},
+}
+
+
+def convolution(x, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options):
+    """Of an input [n, h, w, c] with a kernel [h, w, i, o], whatever order of axes is asked for."""
+    lhs, rhs, out = dimension_numbers
+    options = {"window_strides": (1, 1), "padding": "SAME", **options}
+    return jax.lax.conv_general_dilated(
+        x.transpose(["NHWC".index(axis) for axis in lhs]),
+        kernel.transpose(["HWIO".index(axis) for axis in rhs]),
+        dimension_numbers=(lhs, rhs, out),
+        **options,
+    )
+
+
+def factored_convolution(x, kernel, **options):
+    def gradient(kernel, x):
+        return jax.grad(lambda w: jnp.sum(jnp.sin(convolution(x, w, **options))))(kernel)
+
+    result = _factors.evaluate(gradient, kernel, x, stacked=False, keep=1)
+    return result, gradient(kernel, x)
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_gradients_of_convolutions_are_products(options):
+    kernel = random(0, 3, 3, 24, 40)
+    factored, whole = factored_convolution(random(1, 1, 4, 3, 24), kernel, **options)
+    assert isinstance(factored, _factors.FactoredConvolution)
+    left, right = factored.rows(jnp.float32)
+    assert_close(left[0].T @ right[0], factored.as_matrix(whole))
+    assert_close(factored.formed(jnp.float32), whole)
+    total = factored.summed(jnp.array([0.5])) + factored.summed(jnp.array([-2.0]))
+    assert_close(total.formed(jnp.float32), -1.5 * whole)
+
+
+def test_a_convolution_along_one_axis_is_a_product():
+    def gradient(kernel, x):
+        def loss(w):
+            out = jax.lax.conv_general_dilated(
+                x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            )
+            return jnp.sum(out**2)
+
+        return jax.grad(loss)(kernel)
+
+    kernel, x = random(0, 3, 16, 12), random(1, 2, 3, 16)
+    factored = _factors.evaluate(gradient, kernel, x, stacked=False)
+    assert isinstance(factored, _factors.FactoredConvolution)
+    assert_close(factored.formed(jnp.float32), gradient(kernel, x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "why"),
+    [
+        ((1, 16, 16, 24), {}, "more places than a gradient has rows worth"),
+        ((1, 4, 3, 48), {"feature_group_count": 2}, "groups of features"),
+    ],
+)
+def test_other_convolutions_are_formed(shape, options, why):
+    result, whole = factored_convolution(random(1, *shape), random(0, 3, 3, 24, 40), **options)
+    assert isinstance(result, jax.Array), why
+    assert_close(result[0], whole)
+
+
+def residual(params, batch):
+    """Two convolutions, the second on few places, and an array too large to keep k times."""
+    strided = {"window_strides": (2, 2)}
+    x = jnp.tanh(convolution(batch["x"].reshape(-1, 8, 8, 3), params["early"], **strided))
+    x = jnp.tanh(convolution(x, params["late"], **strided)).reshape(-1, 128)
+    x = x * params["scale"].reshape(-1, 128).sum(0)[None]
+    return jnp.mean(jnp.square(jnp.tanh(x @ params["dense"]) - batch["y"]))
+
+
+def residual_problem(dtype=jnp.float32):
+    params = {
+        "early": random(0, 3, 3, 3, 32),
+        "late": 0.1 * random(1, 3, 3, 32, 32),
+        "scale": random(2, 1 << 13) / 8,
+        "dense": 0.1 * random(3, 128, 12),
+    }
+    batches = {"x": random(4, K, 2, 192), "y": random(5, K, 2, 12) + random(6, 1, 1, 12)}
+    return jax.tree.map(lambda x: x.astype(dtype), (params, batches))
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The names of what is kept as products, filled by a step; small networks would fit whole."""
+    found = []
+    differentiate = _stream.Chunks.differentiate
+
+    def recorded(*args):
+        values, grads = differentiate(*args)
+        found.append({n for n, g in grads.items() if isinstance(g, _factors.Factored) and g.kept})
+        return values, grads
+
+    monkeypatch.setattr(_stream, "_SMALL", 0)
+    monkeypatch.setattr(_stream.Chunks, "differentiate", recorded)
+    return found
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_what_does_not_fit_whole_is_kept_in_part(kept, options):
+    if "groups" in options and options["groups"] != "leaf":
+        options = {**options, "groups": {"early": 0, "late": 1, "scale": 0, "dense": 1}}
+    params, batches = residual_problem()
+    result = jax.jit(functools.partial(by_factors, residual, **options))(params, batches)
+    assert kept == [{"late", "dense"}] * K
+    # Products of gradients that are nearly at right angles lose a digit.
+    assert_close(result, by_stack(residual, params, batches, **options), 2e-5)
+
+
+def test_kept_products_of_bfloat16(kept):
+    params, batches = residual_problem(jnp.bfloat16)
+    grads, weights = jax.jit(functools.partial(by_factors, residual))(params, batches)
+    assert kept == [{"late", "dense"}] * K
+    expected, expected_weights = by_stack(residual, params, batches)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(grads))
+    assert distance(weights, expected_weights) < 3e-2
+    assert distance(grads, expected) < 3e-2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 4])
+def test_what_is_not_finite_is_left_out_of_kept_products(kept, place, value):
+    params, batches = residual_problem()
+    spoilt = {**batches, "x": batches["x"].at[place, 1, 2].set(value)}
+    result = jax.jit(functools.partial(by_factors, residual))(params, spoilt)
+    assert kept == [{"late", "dense"}] * K
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+    assert_close(result, by_stack(residual, params, spoilt), 2e-6)
+
+
+def test_against_another_direction_nothing_is_kept(kept):
+    params, batches = residual_problem()
+    past = optax_bilevel.init_past(params)
+    past = past._replace(average=jax.tree.map(jnp.ones_like, params), weight=past.weight + 0.5)
+    results = [
+        optax_bilevel.bilevel_value_and_grad(residual, validation="past", chunk_size=chunk_size)(
+            params, batches, past
+        )
+        for chunk_size in (1, None)
+    ]
+    assert not any(kept)
+    assert_close(results[1], results[0], 2e-6)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_products_kept_on_several_devices(kept, check_vma):
+    params, batches = residual_problem()
+    mesh = jax.make_mesh((2,), ("batch",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    spread = optax_bilevel.bilevel_value_and_grad(residual, axis_name="batch", chunk_size=None)
+
+    def on_device(params, validation, own):
+        joined = jax.tree.map(lambda v, x: jnp.concatenate([v, x]), validation, own)
+        return spread(params, joined)
+
+    step = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(P(), P(), P("batch")),
+        out_specs=(P("batch"), P(), P()),
+        check_vma=check_vma,
+    )
+    validation = jax.tree.map(lambda x: x[:1], batches)
+    _, *result = jax.jit(step)(params, validation, batches)
+    assert kept == [{"late", "dense"}] * (1 + K // 2)
+    assert_close(tuple(result), by_stack(residual, params, batches), 2e-6)
+
+
+def test_keeping_products_takes_no_more_memory_than_forming_them():
+    params, batches = residual_problem()
+    params = {
+        **params,
+        "late": random(1, 3, 3, 128, 256),
+        "early": random(0, 3, 3, 3, 128),
+        "scale": random(2, 1 << 18),
+        "dense": random(3, 1024, 12),
+    }
+
+    def wide(params, batch):
+        strided = {"window_strides": (2, 2)}
+        x = jnp.tanh(convolution(batch["x"].reshape(-1, 8, 8, 3), params["early"], **strided))
+        x = jnp.tanh(convolution(x, params["late"], **strided)).reshape(-1, 1024)
+        x = x * params["scale"].reshape(-1, 1024).sum(0)[None]
+        return jnp.mean(jnp.square(jnp.tanh(x @ params["dense"]) - batch["y"]))
+
+    def bytes_of(k, chunk_size):
+        more = jax.tree.map(lambda x: jnp.resize(x, (k, *x.shape[1:])), batches)
+        step = functools.partial(by_factors, wide, chunk_size=chunk_size)
+        return temporary_bytes(step, params, more)
+
+    formed = bytes_of(8, 1)
+    assert all(bytes_of(k, None) < formed for k in (8, 12))
 
 
 def test_values_and_aux_in_order():
