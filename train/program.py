@@ -36,6 +36,7 @@ class Sums(NamedTuple):
         steps: number of steps.
         negative, effective: sums over steps of the share of negative weights and of 1/Σω̂².
         dropped: number of mini-batches whose loss was not finite.
+        step_size: sum over steps of what the optimizer's movement was multiplied by.
         omega: histogram of ω̂·(k-1) by the share of noisy labels, [SHARE_BINS, OMEGA_BINS].
         omega_sum: sum of ω̂·(k-1) by the share of noisy labels, [SHARE_BINS].
     """
@@ -49,6 +50,7 @@ class Sums(NamedTuple):
     negative: jax.Array
     effective: jax.Array
     dropped: jax.Array
+    step_size: jax.Array
     omega: jax.Array
     omega_sum: jax.Array
 
@@ -469,6 +471,7 @@ def _add_step(
         examples=sums.examples + k * b,
         steps=sums.steps + 1,
         dropped=sums.dropped + jnp.sum(~finite),
+        step_size=sums.step_size + (1 if done.step_size is None else done.step_size),
     )
     if weights is None:
         return sums

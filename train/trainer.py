@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -27,6 +28,14 @@ EVALUATED_TRAINING_EXAMPLES = 5000
 _EVALUATION_BATCH = 500
 _RESIDENT_BYTES = 2**28  # of training images that are copied to the device
 _AGREE_EVERY = 32  # steps between asking the first process whether it is time for a checkpoint
+
+# An epoch's mean share of whole steps, and its training loss as a share of the first epoch's.
+_STILL, _UNMOVED = 0.05, 0.98
+_STANDS_STILL = (
+    "nothing has been learnt, and there are hardly any steps any more: the warm-up ended on a "
+    "plateau, where mini-batches agree on nothing. Begin anew with --sampling random, or with a "
+    "larger --coherence-warmup (docs/past.md)"
+)
 
 # Streams of random numbers, apart from each other for every seed.
 _INIT, _STEPS, _SUBSET = 1, 2, 3
@@ -275,6 +284,7 @@ def _loop(
     last_save = started = time.monotonic()
     seconds_before = history[-1]["seconds"] if history else 0.0
     part_started, part_steps, waited = started, 0, 0.0  # of the epoch at hand, by this process
+    said = False
 
     with contextlib.closing(feed(program, problem, step, num_steps)) as batches:
         while step < num_steps:
@@ -301,6 +311,9 @@ def _loop(
                 write_scalars(line)
                 options.on_epoch(line)
                 history.append(line)
+                if not said and _stands_still(history):
+                    said = True
+                    warnings.warn(_STANDS_STILL, stacklevel=2)
                 state = program.new_epoch(state)
                 part_started, part_steps, waited = time.monotonic(), 0, 0.0
 
@@ -316,6 +329,12 @@ def _loop(
             if signum and step < num_steps:
                 raise Interrupted(signum, step)
     return history
+
+
+def _stands_still(history: list[dict[str, Any]]) -> bool:
+    """Whether steps have ended with the training loss where it was in the first epoch."""
+    step_size, loss = history[-1].get("step_size", 1), history[-1]["loss"]
+    return step_size < _STILL and loss > _UNMOVED * history[0]["loss"]
 
 
 def _keep_labels(file: pathlib.Path, problem: Problem) -> None:
@@ -413,6 +432,8 @@ def _training_figures(state: State) -> dict[str, Any]:
         "running_true": float(sums.true / sums.examples),
         "not_finite": int(sums.dropped),
     }
+    if sums.step_size != sums.steps:
+        figures["step_size"] = float(sums.step_size / sums.steps)
     counts = sums.omega.sum(1)
     if not counts.any():  # a method that weighs nothing
         return figures

@@ -506,6 +506,19 @@ def test_a_clean_validation_set_runs(tmp_path):
     assert 0.2 < (given != true).mean() < 0.45  # less than half: the clean ones are counted in
 
 
+def test_coherent_steps_that_have_learnt_nothing_are_told(tmp_path):
+    config = tiny.config(method="coherent", coherence_warmup=0.0, coherence_gain=1e-4, epochs=3)
+    with pytest.warns(UserWarning, match="--sampling random.*--coherence-warmup") as told:
+        run(config, tmp_path / "still")
+    assert len(told) == 1
+    assert all(0 <= line["step_size"] < 0.1 for line in read_metrics(tmp_path / "still"))
+    run(dataclasses.replace(config, coherence_gain=4.0), tmp_path / "learns")  # and says nothing
+    lines = read_metrics(tmp_path / "learns")
+    assert lines[-1]["loss"] < 0.98 * lines[0]["loss"]
+    run(dataclasses.replace(config, coherence_warmup=1.0), tmp_path / "whole")
+    assert not any("step_size" in line for line in read_metrics(tmp_path / "whole"))
+
+
 def test_pixels_are_permuted_in_both_splits():
     natural, shuffled, random = (
         trainer.load_problem(tiny.config(pixels=pixels)).dataset
