@@ -264,8 +264,9 @@ def coherent_steps(
             taken by chance add up to memorising. Short trainings learn less with it. May be traced.
         warmup_steps: that many first steps are whole, whatever s̄ says, ≥ 0. A network that starts
             on a plateau, as deep ones without normalisation do, finds no coherence there, and would
-            not leave it; memorising takes longer. A tenth of the training is a good start. May be
-            traced.
+            not leave it; memorising takes longer. A tenth of the training is a good start. Where
+            the plateau is longer, draw mini-batches at random: of the k that share their labels,
+            as eq. (10) wants them, all agree or none, by the classes of the step. May be traced.
 
     Returns:
         A transformation whose `update` takes the mean gradient, and s as the extra argument

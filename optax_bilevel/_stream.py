@@ -168,8 +168,7 @@ class Chunks:
             )
             records.append(jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), record))
             begin += chunks * self.size
-        ahead = 2 if self.keep is None else 3
-        total, more = _accumulate(function, total, begin, end, self.size, ahead)
+        total, more = _accumulate(function, total, begin, end, self.size)
         return total, records + more
 
 
@@ -221,19 +220,22 @@ def _accumulate(
     begin: int,
     end: int,
     chunk_size: int,
-    ahead: int,
 ) -> tuple[Any, list[Any]]:
     """Adds up the first results of ``function(start, size, one)`` over [begin, end), unrolled.
 
     XLA would start all mini-batches at once and hold all their gradients. Here a backward pass,
-    whose result is another gradient, starts when the last has been added up, and its forward pass
-    `ahead` - 1 backward passes earlier, beside which it keeps all cores busy.
+    whose result is another gradient, starts when the last has been added up, and a forward pass
+    when the last but one has, beside a backward pass to keep all cores busy; or, where gradients
+    are smaller because some stay products, the one before that.
     """
     records = []
-    added: list[Any] = [0] * (ahead - 1) + [0 if total is None else _zero_after(total)]
+    added: list[Any] = [0, 0, 0 if total is None else _zero_after(total)]
     for start in range(begin, end, chunk_size):
         size = min(chunk_size, end - start)
-        total, record = _add(total, *function(start + added[-ahead], size, 1 + added[-1]))
+        products = any(isinstance(x, _factors.Factored) for x in jax.tree.leaves(total))
+        total, record = _add(
+            total, *function(start + added[-3 if products else -2], size, 1 + added[-1])
+        )
         added.append(_zero_after(total))
         records.append(record)
     return total, records
