@@ -356,10 +356,10 @@ def test_other_convolutions_are_formed(shape, options, why):
 
 def residual(params, batch):
     """Two convolutions, the second on few places, and an array too large to keep k times."""
-    strided = {"window_strides": (2, 2)}
+    strided, width = {"window_strides": (2, 2)}, len(params["dense"])
     x = jnp.tanh(convolution(batch["x"].reshape(-1, 8, 8, 3), params["early"], **strided))
-    x = jnp.tanh(convolution(x, params["late"], **strided)).reshape(-1, 128)
-    x = x * params["scale"].reshape(-1, 128).sum(0)[None]
+    x = jnp.tanh(convolution(x, params["late"], **strided)).reshape(-1, width)
+    x = x * params["scale"].reshape(-1, width).sum(0)[None]
     return jnp.mean(jnp.square(jnp.tanh(x @ params["dense"]) - batch["y"]))
 
 
@@ -454,16 +454,9 @@ def test_keeping_products_takes_no_more_memory_than_forming_them():
         "dense": random(3, 1024, 12),
     }
 
-    def wide(params, batch):
-        strided = {"window_strides": (2, 2)}
-        x = jnp.tanh(convolution(batch["x"].reshape(-1, 8, 8, 3), params["early"], **strided))
-        x = jnp.tanh(convolution(x, params["late"], **strided)).reshape(-1, 1024)
-        x = x * params["scale"].reshape(-1, 1024).sum(0)[None]
-        return jnp.mean(jnp.square(jnp.tanh(x @ params["dense"]) - batch["y"]))
-
     def bytes_of(k, chunk_size):
         more = jax.tree.map(lambda x: jnp.resize(x, (k, *x.shape[1:])), batches)
-        step = functools.partial(by_factors, wide, chunk_size=chunk_size)
+        step = functools.partial(by_factors, residual, chunk_size=chunk_size)
         return temporary_bytes(step, params, more)
 
     formed = bytes_of(8, 1)
