@@ -247,13 +247,6 @@ def evaluate(
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-def arrays(tree: PyTree) -> list[jax.Array]:
-    """The leaves of a result of `evaluate`, of a `Factored` its factors."""
-    leaves = jax.tree.leaves(tree)
-    pairs = ((x.left, x.right) if isinstance(x, Factored) else (x,) for x in leaves)
-    return [x for pair in pairs for x in pair]
-
-
 def concatenate(parts: Sequence[Any]) -> jax.Array | Factored:
     """The leaves [k_i, ...] of several results of `evaluate` as one of [Σ k_i, ...]."""
     if not isinstance(parts[0], Factored):

@@ -127,7 +127,7 @@ class Chunks:
             batch = self._batch(start + i + done[i])
             result = _factors.evaluate(self.value_and_grad, self.params, batch, one, stacked=False)
             results.append(result)
-            done.append(_zero_after(_factors.arrays(result[1])))
+            done.append(_zero_after(result[1]))
         return jax.tree.map(lambda *x: _factors.concatenate(x), *results)
 
     def _batch(self, index: Any) -> PyTree:

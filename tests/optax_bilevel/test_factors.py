@@ -192,9 +192,8 @@ def test_what_is_not_finite_is_left_out(place, value):
     assert_close(result, expected, 2e-6)
 
 
-def test_validation_by_the_past():
-    params, batches = problem()
-    loss = loss_of(dense)
+def by_past(loss, params, batches):
+    """Steps validated by the same past, of mini-batches one by one and as many as fit."""
     past = optax_bilevel.init_past(params)
     past = past._replace(average=jax.tree.map(jnp.ones_like, params), weight=past.weight + 0.5)
     results = [
@@ -203,6 +202,12 @@ def test_validation_by_the_past():
         )
         for chunk_size in (1, None)
     ]
+    return results
+
+
+def test_validation_by_the_past():
+    params, batches = problem()
+    results = by_past(loss_of(dense), params, batches)
     assert_close(results[1], results[0], 2e-6)
 
 
@@ -424,14 +429,7 @@ def test_what_is_not_finite_is_left_out_of_kept_products(kept, place, value):
 
 def test_against_another_direction_nothing_is_kept(kept):
     params, batches = residual_problem()
-    past = optax_bilevel.init_past(params)
-    past = past._replace(average=jax.tree.map(jnp.ones_like, params), weight=past.weight + 0.5)
-    results = [
-        optax_bilevel.bilevel_value_and_grad(residual, validation="past", chunk_size=chunk_size)(
-            params, batches, past
-        )
-        for chunk_size in (1, None)
-    ]
+    results = by_past(residual, params, batches)
     assert not any(kept)
     assert_close(results[1], results[0], 2e-6)
 
