@@ -46,11 +46,12 @@ def end(process):
     return process.returncode, errors.decode()
 
 
-def wait_for_training(directory, process):
+def wait_for_training(directory, process, at_most=float("inf")):
     """Until the loop starts, which is when the file of metrics is written or rewritten."""
     file = directory / "metrics.jsonl"
     before = file.stat().st_mtime_ns if file.exists() else None
-    while process.poll() is None:
+    deadline = time.monotonic() + at_most
+    while process.poll() is None and time.monotonic() < deadline:
         if file.exists() and file.stat().st_mtime_ns != before:
             return
         time.sleep(0.005)
@@ -58,7 +59,7 @@ def wait_for_training(directory, process):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The uninterrupted run: its directory, seconds until it trained, seconds it trained."""
+    """The uninterrupted run: its directory, seconds until it trained, seconds an epoch took."""
     directory = tmp_path_factory.mktemp("alone")
     times = [time.monotonic()]
     process = start(directory)
@@ -66,7 +67,7 @@ def alone(tmp_path_factory):
     times.append(time.monotonic())
     assert end(process) == (0, "")
     times.append(time.monotonic())
-    return directory, times[1] - times[0], times[2] - times[1]
+    return directory, times[1] - times[0], (times[2] - times[1]) / CONFIG.epochs
 
 
 def assert_ends_as(directory, reference):
@@ -79,14 +80,21 @@ def assert_ends_as(directory, reference):
 
 
 def stop_at_random(directory, signum, rng, times, *, in_training):
-    """Stops a new process at a random moment; returns its exit code."""
-    until_training, training = times
+    """Stops a new process at a random moment, by its own progress; returns its exit code.
+
+    In the training that is within the next eight epochs, so that four stops leave epochs to do
+    whatever else the machine is busy with.
+    """
+    until_training, epoch = times
     process = start(directory)
     if in_training:
         wait_for_training(directory, process)
-        time.sleep(rng.uniform(0, 0.2 * training))
+        goal = len(read_metrics(directory)) + rng.randint(1, 8)
+        while process.poll() is None and len(read_metrics(directory)) < goal:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, epoch))
     else:
-        time.sleep(rng.uniform(0, until_training))
+        wait_for_training(directory, process, at_most=rng.uniform(0, until_training))
     process.send_signal(signum)
     return end(process)[0]
 
