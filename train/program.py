@@ -104,29 +104,24 @@ class RawBatch(NamedTuple):
     copies: Any = None
 
 
-class Resident(NamedTuple):
-    """A training set on the device, where the steps of an epoch take their batches themselves.
+class Epoch(NamedTuple):
+    """The batches of an epoch on the device, whose steps take their own from it.
 
     Attributes:
-        images: uint8 [n, h, w, c].
-        labels: given labels, int32 [n] or [n, classes].
+        images: uint8 [steps_per_epoch, k, b, h, w, c].
+        labels: given labels, int32 [steps_per_epoch, k, b] or [steps_per_epoch, k, b, classes].
         true: true labels, likewise.
-        order: which examples each step of the epoch takes, int32 [steps_per_epoch, k, b].
+        indices: which training examples they are, int32 [steps_per_epoch, k, b].
     """
 
     images: Any
     labels: Any
     true: Any
-    order: Any
+    indices: Any
 
     def batch(self, step: jax.Array) -> RawBatch:
         """What the step of that number takes; the number counts over all epochs."""
-        indices = self.order[step % len(self.order)]
-        images, labels, true = (
-            whole.at[indices].get(mode="promise_in_bounds")
-            for whole in (self.images, self.labels, self.true)
-        )
-        return RawBatch(images, labels, true, indices)
+        return RawBatch(*(whole[step % len(whole)] for whole in self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +130,7 @@ class Program:
 
     Attributes:
         init: ``key -> State``.
-        step: ``(state, raw_batch, key) -> state``; donates the state. On one device a `Resident`
+        step: ``(state, raw_batch, key) -> state``; donates the state. On one device an `Epoch`
             may stand for the batch.
         predict: ``(params, batch_stats, images uint8 [n, h, w, c], key) -> scores [n, classes]``,
             log-probabilities (several labels: probabilities), averaged over views; with
@@ -282,8 +277,8 @@ def _build(
             failed=jnp.full((), -1, jnp.int32),
         )
 
-    def step(state: State, raw: RawBatch | Resident, key: jax.Array) -> State:
-        raw = raw.batch(state.step) if isinstance(raw, Resident) else raw
+    def step(state: State, raw: RawBatch | Epoch, key: jax.Array) -> State:
+        raw = raw.batch(state.step) if isinstance(raw, Epoch) else raw
         k, b = raw.labels.shape[:2]
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         augmented = jax.vmap(jax.vmap(preset.train))
