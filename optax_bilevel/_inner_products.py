@@ -533,9 +533,10 @@ def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
 # Entries of a stack that a Gram matrix is made of at a time: 4 MiB in float32, which caches hold.
 _CHUNK = 1 << 20
 # Entries of a stack that are added up side by side, and how many such columns a pass of the loop
-# takes: 2 MiB in float32, which are read twice.
-_LANES = 1 << 16
-_UNROLL = 8
+# takes. Not pages apart, or columns read together would compete for the same places of the caches.
+_LANES = 1 << 17
+_UNROLL = 6
+_PAGE, _OFFSET = 1 << 10, 208
 
 
 def _columns(g: jax.Array, start: Any, width: int, row: int | None = None) -> jax.Array:
@@ -585,8 +586,8 @@ def _dots_and_norms_by_lanes(
         num_validation: an int, or traced: the first rows, whose sum is v.
         past: v itself, [1, n].
     """
-    lanes = max(_LANES // g.shape[0], 1)
-    width = _UNROLL * lanes
+    k, n = g.shape
+    lanes = min(_LANES // k // _PAGE * _PAGE + _OFFSET, n)
     slots = static_int(num_validation)
 
     def validation(start: Any, width: int) -> jax.Array:
@@ -602,15 +603,20 @@ def _dots_and_norms_by_lanes(
         x, v = _columns(g, start, width), validation(start, width)
         return tuple(jnp.real(jnp.conj(a) * b) for a, b in ((v, x), (x, x), (v, v)))
 
-    def add(i: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        for j in range(_UNROLL):
-            start = lanes + i * width + j * lanes
-            totals = jax.tree.map(jnp.add, totals, products(start, lanes))
+    def add(start: Any, count: int, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        for j in range(count):
+            totals = jax.tree.map(jnp.add, totals, products(start + j * lanes, lanes))
         return totals
 
-    n = g.shape[1]
-    passes, left = divmod(n - lanes, width)
-    parts = [jax.lax.fori_loop(0, passes, add, products(0, lanes))]
+    columns, left = divmod(n, lanes)
+    passes, rest = divmod(columns - 1, _UNROLL)
+    totals = jax.lax.fori_loop(
+        0,
+        passes,
+        lambda i, totals: add((i * _UNROLL + 1) * lanes, _UNROLL, totals),
+        products(0, lanes),
+    )
+    parts = [add((passes * _UNROLL + 1) * lanes, rest, totals)]
     if left:
         parts.append(products(n - left, left))
     sums = [[jnp.sum(x, axis=1) for x in part] for part in parts]

@@ -13,8 +13,8 @@ from tests.optax_bilevel.problems import stack_of
 @pytest.fixture
 def chunks_of_16(monkeypatch):
     """k = 4 mini-batches, 16 entries of each at a time, 2 side by side, as on one device."""
-    monkeypatch.setattr(_inner_products, "_CHUNK", 64)
-    monkeypatch.setattr(_inner_products, "_LANES", 8)
+    for name, value in {"_CHUNK": 64, "_LANES": 8, "_PAGE": 1, "_OFFSET": 0}.items():
+        monkeypatch.setattr(_inner_products, name, value)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
@@ -36,7 +36,7 @@ def products(leaves, num_validation=1, with_gram=False, past=None, traced=None):
 @pytest.mark.parametrize("validation", [1, 2, "traced", "past"])
 @pytest.mark.parametrize("with_gram", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
-@pytest.mark.parametrize("shape", [(32,), (3, 4, 9)])
+@pytest.mark.parametrize("shape", [(37,), (3, 4, 9)])
 def test_same_products_as_in_float64(shape, dtype, with_gram, validation):
     leaves = stack_of(0, [shape], 4, dtype)
     g = oracle.widen(leaves[0]).reshape(4, -1)
@@ -86,6 +86,14 @@ def test_nan_stays_with_its_mini_batch(place):
         before, after = (np.asarray(getattr(x, name)[0]) for x in (clean, result))
         assert np.isnan(after[2])
         np.testing.assert_array_equal(np.delete(after, 2), np.delete(before, 2))
+
+
+def test_more_mini_batches_than_columns(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    g = np.random.default_rng(0).normal(size=(20_000, 150)).astype(np.float32)
+    assert g.size > 2 * _inner_products._CHUNK
+    result, _ = products([jnp.asarray(g)])
+    np.testing.assert_allclose(result.sq_norms[0], np.sum(np.square(g, dtype=float), 1), rtol=1e-5)
 
 
 @pytest.mark.usefixtures("chunks_of_16")
