@@ -15,10 +15,10 @@ def overhead(epochs: int = 20, rounds: int = 7) -> dict[str, float]:
     """Seconds per step of the loop and of the compiled step alone, and their ratio minus one.
 
     Both run the demo's config with the paper's rule: the loop with its sampler, transfer and
-    dispatch, where each step takes its batch from an epoch of them on the device; the step on an
+    dispatch, where each step takes its batch from the training set on the device; the step on an
     epoch's batches that were put there before. Evaluation and checkpoints come once an epoch and
     are left out. Beside them: `handed_over`, the step on an epoch's batches of NumPy's arrays, as
-    it gets those of a training set too large for whole epochs, and `python`, the loop with a
+    it gets those of a training set that is not kept on the device, and `python`, the loop with a
     step that does nothing.
     """
     config = dataclasses.replace(demo.Demo().config, method="bilevel")

@@ -104,14 +104,14 @@ class RawBatch(NamedTuple):
     copies: Any = None
 
 
-class Epoch(NamedTuple):
-    """The batches of an epoch on the device, whose steps take their own from it.
+class Resident(NamedTuple):
+    """A training set on the device, from which a step takes its batch itself.
 
     Attributes:
-        images: uint8 [steps_per_epoch, k, b, h, w, c].
-        labels: given labels, int32 [steps_per_epoch, k, b] or [steps_per_epoch, k, b, classes].
+        images: uint8 [n, h, w, c].
+        labels: given labels, int32 [n] or [n, classes].
         true: true labels, likewise.
-        indices: which training examples they are, int32 [steps_per_epoch, k, b].
+        indices: which examples the step takes, int32 [k, b].
     """
 
     images: Any
@@ -119,9 +119,13 @@ class Epoch(NamedTuple):
     true: Any
     indices: Any
 
-    def batch(self, step: jax.Array) -> RawBatch:
-        """What the step of that number takes; the number counts over all epochs."""
-        return RawBatch(*(whole[step % len(whole)] for whole in self))
+    def batch(self) -> RawBatch:
+        """What the step takes."""
+        images, labels, true = (
+            whole.at[self.indices].get(mode="promise_in_bounds")
+            for whole in (self.images, self.labels, self.true)
+        )
+        return RawBatch(images, labels, true, self.indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Program:
 
     Attributes:
         init: ``key -> State``.
-        step: ``(state, raw_batch, key) -> state``; donates the state. On one device an `Epoch`
+        step: ``(state, raw_batch, key) -> state``; donates the state. On one device a `Resident`
             may stand for the batch.
         predict: ``(params, batch_stats, images uint8 [n, h, w, c], key) -> scores [n, classes]``,
             log-probabilities (several labels: probabilities), averaged over views; with
@@ -277,8 +281,8 @@ def _build(
             failed=jnp.full((), -1, jnp.int32),
         )
 
-    def step(state: State, raw: RawBatch | Epoch, key: jax.Array) -> State:
-        raw = raw.batch(state.step) if isinstance(raw, Epoch) else raw
+    def step(state: State, raw: RawBatch | Resident, key: jax.Array) -> State:
+        raw = raw.batch() if isinstance(raw, Resident) else raw
         k, b = raw.labels.shape[:2]
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         augmented = jax.vmap(jax.vmap(preset.train))

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 import resource
@@ -21,12 +20,12 @@ from train import data, distributed, mesh, noise, sampler
 from train.checkpoints import Checkpoints
 from train.config import Config, ConfigError
 from train.mesh import Layout
-from train.program import Epoch, Program, RawBatch, State, build
+from train.program import Program, RawBatch, Resident, State, build
 from train.run_directory import RunDirectory, RunDirectoryError, write_json
 
 EVALUATED_TRAINING_EXAMPLES = 5000
 _EVALUATION_BATCH = 500
-_EPOCH_BYTES = 2**28  # of training images, up to which a device is given whole epochs
+_RESIDENT_BYTES = 2**28  # of training images that are copied to the device
 _AGREE_EVERY = 32  # steps between asking the first process whether it is time for a checkpoint
 
 # An epoch's mean share of whole steps, and its training loss as a share of the first epoch's.
@@ -351,27 +350,26 @@ def _keep_labels(file: pathlib.Path, problem: Problem) -> None:
 
 def feed(
     program: Program, problem: Problem, first_step: int, num_steps: int
-) -> Generator[RawBatch | Epoch]:
+) -> Generator[RawBatch | Resident]:
     """What the steps ``first_step .. num_steps - 1`` of a run are given, one after the other.
 
-    One device is given an epoch at a time if the training images are in memory and take at most
-    256 MiB. Else every step's batch is handed over by itself.
+    One device keeps the whole training set if its images are in memory and take at most 256 MiB;
+    then a step is handed the numbers of its examples. Else it is handed the examples.
     """
     images = problem.dataset.train.images
-    small = isinstance(images, np.ndarray) and images.nbytes <= _EPOCH_BYTES
+    small = isinstance(images, np.ndarray) and images.nbytes <= _RESIDENT_BYTES
     if small and program.layout is None:
-        return _epochs(problem, first_step, num_steps)
+        return _resident(problem, first_step, num_steps)
     return _handed_over(program, problem, first_step, num_steps)
 
 
-def _epochs(problem: Problem, first_step: int, num_steps: int) -> Generator[Epoch]:
+def _resident(problem: Problem, first_step: int, num_steps: int) -> Generator[Resident]:
     train, order = problem.dataset.train, problem.order
-    n = order.steps_per_epoch
-    for number in range(first_step // n, -(-num_steps // n)):
-        i = order.epoch(number)
-        epoch = jax.device_put(Epoch(train.read(i), train.labels[i], problem.true[i], i))
-        steps = range(max(first_step, number * n), min(num_steps, (number + 1) * n))
-        yield from itertools.repeat(epoch, len(steps))
+    images, labels, true = jax.device_put((train.images, train.labels, problem.true))
+    for step in range(first_step, num_steps):
+        # As NumPy's array: device_put would wait for the step at hand.
+        indices = order.batch(*divmod(step, order.steps_per_epoch))
+        yield Resident(images, labels, true, indices)
 
 
 def _handed_over(
@@ -401,7 +399,7 @@ def place(raw: RawBatch, layout: Layout, shape: tuple[int, ...], copies: int) ->
 
 
 def advance(
-    program: Program, batches: Iterator[RawBatch | Epoch], state: State, key: jax.Array
+    program: Program, batches: Iterator[RawBatch | Resident], state: State, key: jax.Array
 ) -> tuple[State, float]:
     """Does one step, without waiting for it; also returns the seconds waited for its batch."""
     before = time.monotonic()

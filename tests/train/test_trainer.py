@@ -16,7 +16,7 @@ from PIL import Image
 from tests.train import tiny
 from train import data, noise, sampler, trainer
 from train.config import Config, ConfigError
-from train.program import Epoch, RawBatch
+from train.program import RawBatch, Resident
 from train.run_directory import RunDirectory, RunDirectoryError, read_metrics
 from train.trainer import Interrupted, NotFiniteError
 
@@ -231,16 +231,16 @@ def test_what_a_method_carries_is_in_the_checkpoint(tmp_path, method):
     assert_same_run(stopped, reference, config)
 
 
-def test_batches_handed_over_one_by_one_train_to_the_same_bits_as_whole_epochs(
+def test_images_that_are_not_kept_on_the_device_train_to_the_same_bits(
     finished_random, tmp_path, monkeypatch
 ):
     problem, program = tiny.build(RANDOM)
     size = problem.dataset.train.images.nbytes
     kinds = []
     for kept in (size, size - 1):
-        monkeypatch.setattr(trainer, "_EPOCH_BYTES", kept)
+        monkeypatch.setattr(trainer, "_RESIDENT_BYTES", kept)
         kinds += [type(batch) for batch in trainer.feed(program, problem, 5, 12)]
-    assert kinds == [Epoch] * 7 + [RawBatch] * 7
+    assert kinds == [Resident] * 7 + [RawBatch] * 7
     with pytest.raises(Interrupted):
         run(RANDOM, tmp_path, on_step=interrupt_at(6))
     run(RANDOM, tmp_path)
