@@ -26,6 +26,9 @@ class CoherentStepsState(NamedTuple):
         variance: v, of s about s̄, float32 [], ≥ 0; 0 after the first step.
         step_size: what the last update was multiplied by, float32 [], in [0, 1]; 1 before any.
         direction: p, the average of the mean gradients, as params, float32 or wider.
+        loss: the average of `value`, float32 []; infinite before any. Stays so without
+            ``warmup_loss``.
+        learning: whether that average has been below ``warmup_loss``, bool [].
         inner_state: state of the wrapped optimizer.
     """
 
@@ -34,6 +37,8 @@ class CoherentStepsState(NamedTuple):
     variance: jax.Array
     step_size: jax.Array
     direction: PyTree
+    loss: jax.Array
+    learning: jax.Array
     inner_state: Any
 
 
@@ -231,6 +236,7 @@ def coherent_steps(
     gain: Any = 4.0,
     margin: Any = 0.0,
     warmup_steps: Any = 0,
+    warmup_loss: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales an optimizer's steps by how far fresh mini-batches agree with the steps before.
 
@@ -264,18 +270,25 @@ def coherent_steps(
             taken by chance add up to memorising. Short trainings learn less with it. May be traced.
         warmup_steps: that many first steps are whole, whatever s̄ says, ≥ 0. A network that starts
             on a plateau, as deep ones without normalisation do, finds no coherence there, and would
-            not leave it; memorising takes longer. A tenth of the training is a good start. Where
-            the plateau is longer, draw mini-batches at random: of the k that share their labels,
-            as eq. (10) wants them, all agree or none, by the classes of the step. May be traced.
+            not leave it; memorising takes longer. A tenth of the training is a good start. May be
+            traced.
+        warmup_loss: steps are whole beyond `warmup_steps`, too, until the average of `value`, with
+            decay d, has been below this once: until the network has left its plateau, however long
+            that takes. For the cross-entropy of C classes ``0.99 * math.log(C)``, just below the
+            loss of guessing. Without it a network that is still on its plateau after
+            `warmup_steps` may learn nothing. May be traced.
 
     Returns:
-        A transformation whose `update` takes the mean gradient, and s as the extra argument
-        ``coherence``. `init` takes parameters, or abstract ones. See `CoherentStepsState`. Beside
-        the wrapped optimizer's state it holds one buffer like the parameters.
+        A transformation whose `update` takes the mean gradient, and as extra arguments s,
+        ``coherence``, and with `warmup_loss` the mean loss of the k mini-batches, ``value``, the
+        same on all devices; one that is not finite counts for nothing. `init` takes parameters, or
+        abstract ones. See `CoherentStepsState`. Beside the wrapped optimizer's state it holds one
+        buffer like the parameters.
 
     Raises:
         ValueError: at construction for a hyper-parameter out of range, at trace time for gradients
-            that are not shaped like the parameters, or without ``coherence``.
+            that are not shaped like the parameters, without ``coherence``, or without ``value``
+            where there is a `warmup_loss`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, optax_bilevel
@@ -298,14 +311,19 @@ def coherent_steps(
 
     def init_fn(params: PyTree) -> Any:
         _inner_products.check_masked(params, allow_masked=False)
-        count, step_size = jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
+
+        def scalar(value: float, dtype: Any = jnp.float32) -> jax.Array:
+            return _inner_products.replicate_like(jnp.array(value, dtype), params)
+
         return CoherentStepsState(
-            _inner_products.replicate_like(count, params),
-            _inner_products.replicate_like(jnp.zeros_like(step_size), params),
-            _inner_products.replicate_like(jnp.zeros_like(step_size), params),
-            _inner_products.replicate_like(step_size, params),
-            _inner_products.wide_zeros(params),
-            inner.init(params),
+            count=scalar(0, jnp.int32),
+            coherence=scalar(0),
+            variance=scalar(0),
+            step_size=scalar(1),
+            direction=_inner_products.wide_zeros(params),
+            loss=scalar(jnp.inf),
+            learning=scalar(False, bool),
+            inner_state=inner.init(params),
         )
 
     def update_fn(
@@ -314,6 +332,7 @@ def coherent_steps(
         params: PyTree | None = None,
         *,
         coherence: jax.Array | None = None,
+        value: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         remedy = (
@@ -325,17 +344,30 @@ def coherent_steps(
         _inner_products.check_like(
             updates, state.direction, f"coherent_steps takes the mean of the k gradients: {remedy}"
         )
+        if warmup_loss is not None and value is None:
+            raise ValueError(
+                "coherent_steps with warmup_loss needs the mean loss of the step: "
+                "tx.update(mean, state, params, coherence=s, value=jnp.mean(losses))"
+            )
         first = state.count == 0
         smoothed, variance, factor = _rule.step_factor(
             state.coherence, state.variance, coherence, first, coherence_decay, gain, margin
         )
-        factor = jnp.where(state.count < warmup_steps, jnp.ones_like(factor), factor)
+        whole = state.count < warmup_steps
+        loss, learning = state.loss, state.learning
+        if warmup_loss is not None:
+            loss = _rule.average_loss(loss, value, decay)
+            learning |= ~whole & (loss < warmup_loss)
+            whole = ~learning
+        factor = jnp.where(whole, jnp.ones_like(factor), factor)
         direction = _inner_products.blend(state.direction, updates, decay)
+        if value is not None:
+            extra_args["value"] = value
         new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         new_updates = _inner_products.scaled(new_updates, factor)
         count = optax.safe_increment(state.count)
         return new_updates, CoherentStepsState(
-            count, smoothed, variance, factor, direction, inner_state
+            count, smoothed, variance, factor, direction, loss, learning, inner_state
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

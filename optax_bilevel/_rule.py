@@ -396,3 +396,16 @@ def step_factor(
     spread = jnp.where(first, jnp.zeros_like(spread), spread)
     deviation = jnp.sqrt(spread * (1 - decay) / (1 + decay))
     return smoothed, spread, jnp.clip(gain * (smoothed - margin * deviation), 0, 1)
+
+
+def average_loss(average: jax.Array, value: Any, decay: Scalar) -> jax.Array:
+    """The average of losses with a loss more in it, [], of the dtype of `average`.
+
+    Args:
+        average: infinite before any.
+        value: [], real; left out where it is not finite.
+        decay: d.
+    """
+    value, decay = (jnp.real(x).astype(average.dtype) for x in (value, decay))
+    blended = jnp.where(jnp.isfinite(average), decay * average + (1 - decay) * value, value)
+    return jnp.where(jnp.isfinite(value), blended, average)

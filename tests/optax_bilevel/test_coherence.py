@@ -1,5 +1,7 @@
 """Steps as long as fresh mini-batches agree: against the formula, on devices, and at the edges."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -311,6 +313,35 @@ def test_first_steps_are_whole_whatever_the_coherence():
     np.testing.assert_allclose(state.coherence, 0.05, rtol=1e-6)
 
 
+def test_steps_are_whole_until_the_loss_has_fallen_once():
+    tx = coherent_steps(
+        optax.sgd(1.0), decay=0.5, coherence_decay=0.0, warmup_steps=1, warmup_loss=2.0
+    )
+    state = tx.init(jnp.zeros(2))
+    # Averages 1 (in the warm-up), 2.5, 2.5, 2.25, 1.875, 2.9375.
+    losses = (1.0, 4.0, math.nan, 2.0, 1.5, 4.0)
+    for value, factor in zip(losses, (1, 1, 1, 1, 0.2, 0.2), strict=True):
+        updates, state = tx.update(
+            jnp.ones(2), state, coherence=jnp.float32(0.05), value=jnp.float32(value)
+        )
+        np.testing.assert_allclose(updates, -factor * np.ones(2), rtol=1e-6)
+        np.testing.assert_allclose(state.step_size, factor, rtol=1e-6)
+    np.testing.assert_allclose(state.loss, 2.9375)
+    assert state.learning
+
+
+def test_the_loss_goes_on_to_the_wrapped_optimizer():
+    def by_loss(updates, state, params=None, *, value, **extra_args):
+        return jax.tree.map(lambda x: value * x, updates), state
+
+    opt = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), by_loss)
+    tx = coherent_steps(opt)
+    state = tx.init(jnp.zeros(2))
+    updates, state = tx.update(jnp.ones(2), state, coherence=jnp.float32(1), value=jnp.float32(3))
+    np.testing.assert_array_equal(updates, [3, 3])
+    assert not jnp.isfinite(state.loss)  # without warmup_loss nothing is averaged
+
+
 def test_errors():
     for name, value in (("decay", -0.1), ("coherence_decay", 1.0)):
         with pytest.raises(ValueError, match=f"{name} must be at least 0 and below 1, got {value}"):
@@ -338,6 +369,10 @@ def test_errors():
     state = tx.init({"w": jnp.zeros(2)})
     with pytest.raises(ValueError, match="needs the coherence of the step: mean, s ="):
         tx.update({"w": jnp.zeros(2)}, state)
+    with pytest.raises(ValueError, match=r"warmup_loss needs the mean loss .* value=jnp.mean"):
+        coherent_steps(optax.sgd(0.1), warmup_loss=2.0).update(
+            {"w": jnp.zeros(2)}, state, coherence=jnp.zeros(())
+        )
     with pytest.raises(ValueError, match=r"leaf \['w'\]: expected shape \(k, 2\)"):
         mean_and_coherence({"w": jnp.zeros(2)}, state.direction)
     message = r"leaf \['w'\]: expected the parameter's shape \(2,\).* mean, s = mean_and_coherence"

@@ -52,6 +52,7 @@ def loss_fn(params, batch, criterion=methods.cross_entropy):
 
 PARAMS = make_params()
 TASK = Task(num_classes=CLASSES, multi_label=False, steps_per_epoch=10, parameters=PARAMS)
+LEARNT, UNLEARNT = 10**6, 2  # classes: the loss of `PARAMS` is better than guessing, and worse
 ON_MESH = TASK._replace(layout=mesh.choose(K, B))
 LARGE = TASK._replace(parameters={"kernel": jax.ShapeDtypeStruct((1024, 513), jnp.float32)})
 CONVOLUTION = TASK._replace(parameters={"kernel": jax.ShapeDtypeStruct((3, 3, 8, 8), jnp.float32)})
@@ -199,9 +200,10 @@ def test_the_forms_agree_with_each_other(changes):
 
 
 @functools.cache
-def two_steps(of):
+def two_steps(of, num_classes=CLASSES):
     """The same mini-batches twice: the past of the second step is the first."""
-    method = methods.make(of, ON_MESH if of.form == "collective" else TASK)
+    task = ON_MESH if of.form == "collective" else TASK
+    method = methods.make(of, task._replace(num_classes=num_classes))
     gradient = jax.jit(lambda *arrays: method.gradient(loss_fn, *arrays))
     first = gradient(PARAMS, make_batches(), method.init(PARAMS))
     return first, gradient(PARAMS, make_batches(), first.state)
@@ -228,7 +230,8 @@ def test_past_is_eq_10_with_the_mean_of_the_step_before(form):
 @pytest.mark.parametrize("form", ["streaming", "stacked", "collective"])
 def test_coherent_scales_the_step_of_the_mean_gradient(form):
     options = {"coherence_gain": 0.5, "coherence_decay": 0.8, "coherence_margin": 0.3, "form": form}
-    first, second = two_steps(config("coherent", coherence_warmup=0.0, **options))
+    cold, warm = (config("coherent", coherence_warmup=x, epochs=1, **options) for x in (0.0, 0.1))
+    first, second = two_steps(cold, LEARNT)
     grads = gradients(make_batches())
     mean = {name: x.mean(0) for name, x in grads.items()}
     assert_close(by_name(first.grads), mean)
@@ -244,14 +247,15 @@ def test_coherent_scales_the_step_of_the_mean_gradient(form):
     factor = 0.5 * (coherence - 0.3 * deviation)
     np.testing.assert_allclose([first.step_size, second.step_size], [0.5, factor], 1e-6)
     assert coherence < 0.999
-    warm = two_steps(config("coherent", coherence_warmup=0.1, epochs=1, **options))  # of ten steps
-    np.testing.assert_allclose([step.step_size for step in warm], [1, factor], 1e-6)
+    sizes = [step.step_size for step in two_steps(warm, LEARNT)]  # a warm-up of one step of ten
+    np.testing.assert_allclose(sizes, [1, factor], 1e-6)
+    assert [step.step_size for step in two_steps(cold, UNLEARNT)] == [1, 1]
 
 
 def test_coherent_takes_a_margin_and_a_longer_memory_in_long_runs():
     def state_after_two(epochs, **options):  # of ten steps
         of = config("coherent", coherence_warmup=0.0, coherence_gain=0.5, epochs=epochs, **options)
-        state = two_steps(of)[1].state
+        state = two_steps(of, LEARNT)[1].state
         return state.step_size, *(x.sum() for x in jax.tree.leaves(state.direction))
 
     by_itself = state_after_two(1000)

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.train import tiny
 from train import data, noise, sampler, trainer
 from train.config import Config, ConfigError
+from train.methods import coherent
 from train.program import RawBatch, Resident
 from train.run_directory import RunDirectory, RunDirectoryError, read_metrics
 from train.trainer import Interrupted, NotFiniteError
@@ -506,7 +507,8 @@ def test_a_clean_validation_set_runs(tmp_path):
     assert 0.2 < (given != true).mean() < 0.45  # less than half: the clean ones are counted in
 
 
-def test_coherent_steps_that_have_learnt_nothing_are_told(tmp_path):
+def test_coherent_steps_that_have_learnt_nothing_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(coherent, "_LEARNS", 10)  # as with several labels: the warm-up has an end
     config = tiny.config(method="coherent", coherence_warmup=0.0, coherence_gain=1e-4, epochs=3)
     with pytest.warns(UserWarning, match="--sampling random.*--coherence-warmup") as told:
         run(config, tmp_path / "still")

@@ -3,10 +3,12 @@
 The gradient is the mean of all k; what the optimizer makes of it is scaled. Not in the paper.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
@@ -16,6 +18,7 @@ from train.mesh import Layout
 from train.methods.bilevel import all_gradients, choose_form, chunk_size, on_each_device
 from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
 
+_LEARNS = 0.99  # of the loss of guessing
 _LONG = 10_000  # steps; from there on those taken by chance add up (docs/past.md)
 
 
@@ -25,6 +28,8 @@ def make(config: Any, task: Task) -> Method:
     chosen = {"decay": config.past_decay, "margin": config.coherence_margin}
     options = {"decay": 0.99, "margin": 1.0} if steps >= _LONG else {}
     options |= {name: value for name, value in chosen.items() if value is not None}
+    # Of several labels the loss of guessing depends on how rare they are.
+    warmup_loss = None if task.multi_label else _LEARNS * math.log(task.num_classes)
     # The optimizer is the trainer's own: this keeps the averages.
     rule = optax_bilevel.coherent_steps(
         optax.identity(),
@@ -32,13 +37,14 @@ def make(config: Any, task: Task) -> Method:
         coherence_decay=config.coherence_decay,
         gain=config.coherence_gain,
         warmup_steps=round(config.coherence_warmup * steps),
+        warmup_loss=warmup_loss,
     )
     form, how = choose_form(config, task)
     mean_of = _FORMS[form] if task.layout is None else _FORMS_ON_MESH[form](task.layout)
 
     def gradient(loss_fn: LossFn, params: PyTree, batches: Batch, state: Any) -> Gradient:
         (losses, aux), mean, coherence = mean_of(loss_fn, params, batches, state.direction)
-        _, state = rule.update(mean, state, params, coherence=coherence)
+        _, state = rule.update(mean, state, params, coherence=coherence, value=jnp.mean(losses))
         return Gradient(losses, aux, mean, None, state, state.step_size)
 
     margin = f", margin {options['margin']:g}" if options.get("margin") else ""
