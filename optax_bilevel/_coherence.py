@@ -274,7 +274,7 @@ def coherent_steps(
             traced.
         warmup_loss: steps are whole beyond `warmup_steps`, too, until the average of `value`, with
             decay d, has been below this once: until the network has left its plateau, however long
-            that takes. For the cross-entropy of C classes ``0.99 * math.log(C)``, just below the
+            that takes. For the cross-entropy of C classes ``0.98 * math.log(C)``, just below the
             loss of guessing. Without it a network that is still on its plateau after
             `warmup_steps` may learn nothing. May be traced.
 

@@ -29,7 +29,7 @@ _RESIDENT_BYTES = 2**28  # of training images that are copied to the device
 _AGREE_EVERY = 32  # steps between asking the first process whether it is time for a checkpoint
 
 # An epoch's mean share of whole steps, and its training loss as a share of the first epoch's.
-_STILL, _UNMOVED = 0.05, 0.99
+_STILL, _UNMOVED = 0.05, 0.98
 _STANDS_STILL = (
     "nothing has been learnt, and there are hardly any steps any more: the warm-up ended on a "
     "plateau, where mini-batches agree on nothing. Begin anew with --sampling random, or with a "

@@ -18,7 +18,7 @@ from train.mesh import Layout
 from train.methods.bilevel import all_gradients, choose_form, chunk_size, on_each_device
 from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
 
-_LEARNS = 0.99  # of the loss of guessing
+_LEARNS = 0.98  # of the loss of guessing
 _LONG = 10_000  # steps; from there on those taken by chance add up (docs/past.md)
 
 
