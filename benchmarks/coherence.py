@@ -28,7 +28,7 @@ CASES = {
 
 
 def coherences(config: Config) -> np.ndarray:
-    """Of every step of a run after its warm-up, s [steps]."""
+    """Of every step of a run after the steps of its warm-up, s [steps]."""
     problem = trainer.load_problem(config)
     program = trainer.build_program(config, problem)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
