@@ -287,8 +287,8 @@ def coherent_steps(
 
     Raises:
         ValueError: at construction for a hyper-parameter out of range, at trace time for gradients
-            that are not shaped like the parameters, without ``coherence``, or without ``value``
-            where there is a `warmup_loss`.
+            that are not shaped like the parameters, without ``coherence``, or without a scalar
+            ``value`` where there is a `warmup_loss`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, optax_bilevel
@@ -344,9 +344,9 @@ def coherent_steps(
         _inner_products.check_like(
             updates, state.direction, f"coherent_steps takes the mean of the k gradients: {remedy}"
         )
-        if warmup_loss is not None and value is None:
+        if warmup_loss is not None and (value is None or jnp.ndim(value) != 0):
             raise ValueError(
-                "coherent_steps with warmup_loss needs the mean loss of the step: "
+                "coherent_steps with warmup_loss needs the mean loss of the step, a scalar: "
                 "tx.update(mean, state, params, coherence=s, value=jnp.mean(losses))"
             )
         first = state.count == 0

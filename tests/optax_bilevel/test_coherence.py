@@ -369,10 +369,12 @@ def test_errors():
     state = tx.init({"w": jnp.zeros(2)})
     with pytest.raises(ValueError, match="needs the coherence of the step: mean, s ="):
         tx.update({"w": jnp.zeros(2)}, state)
-    with pytest.raises(ValueError, match=r"warmup_loss needs the mean loss .* value=jnp.mean"):
-        coherent_steps(optax.sgd(0.1), warmup_loss=2.0).update(
-            {"w": jnp.zeros(2)}, state, coherence=jnp.zeros(())
-        )
+    by_loss = coherent_steps(optax.sgd(0.1), warmup_loss=2.0)
+    for losses in ({}, {"value": jnp.zeros(4)}):
+        with pytest.raises(
+            ValueError, match=r"the mean loss of the step, a scalar: .*value=jnp.mean"
+        ):
+            by_loss.update({"w": jnp.zeros(2)}, state, coherence=jnp.zeros(()), **losses)
     with pytest.raises(ValueError, match=r"leaf \['w'\]: expected shape \(k, 2\)"):
         mean_and_coherence({"w": jnp.zeros(2)}, state.direction)
     message = r"leaf \['w'\]: expected the parameter's shape \(2,\).* mean, s = mean_and_coherence"
