@@ -60,7 +60,7 @@ def steps(summary: Summary) -> str:
 
 
 def weighting(summary: Summary) -> str:
-    """The weighting alone against its limits."""
+    """The weighting alone against its limit."""
     return _table(
         (
             "stack [8, 10 million]",
@@ -68,7 +68,6 @@ def weighting(summary: Summary) -> str:
             "two reads and one write, ms",
             "ratio",
             "its sums as XLA takes them, ms",
-            "its sums from the cache, ms",
         ),
         (
             (
@@ -77,7 +76,6 @@ def weighting(summary: Summary) -> str:
                 f"{1e3 * figures['limit']:.1f}",
                 f"{figures['ratio']:.2f}",
                 f"{1e3 * figures['arithmetic']:.1f}" if "arithmetic" in figures else "",
-                f"{1e3 * figures['cached']:.1f}" if "cached" in figures else "",
             )
             for dtype, figures in summary.get("weighting", {}).items()
         ),
