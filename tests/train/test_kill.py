@@ -78,22 +78,23 @@ def assert_ends_as(directory, reference):
     assert lines == expected
 
 
-def stop_at_random(directory, signum, rng, until_training, *, in_training):
-    """Stops a new process at a random moment, by its own progress; returns its exit code.
+def stop_at_random(directory, signum, rng, within=None):
+    """Stops a new process at a random moment and returns its exit code.
 
-    In the training that is within the next eight epochs and 10 ms, about what an epoch takes: by
-    the clock of another run, which the machine may have slowed, the training would often be over.
-    Four stops leave most epochs to do, so that this process may be late.
+    That is `within` so many seconds, but not in the training, or else by the progress of the
+    training, in its next eight epochs and 10 ms, about what an epoch takes: by the clock of another
+    run, which the machine may have slowed, the training would often be over. Four stops leave most
+    epochs to do, so that this process may be late.
     """
     process = start(directory)
-    if in_training:
+    if within is not None:
+        wait_for_training(directory, process, at_most=rng.uniform(0, within))
+    else:
         wait_for_training(directory, process)
         goal = len(read_metrics(directory)) + rng.randint(1, 8)
         while process.poll() is None and len(read_metrics(directory)) < goal:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.01))
-    else:
-        wait_for_training(directory, process, at_most=rng.uniform(0, until_training))
     process.send_signal(signum)
     return end(process)[0]
 
@@ -104,9 +105,8 @@ def test_killed_at_four_random_moments_it_ends_in_the_same_bits(alone, tmp_path,
     reference, until_training = alone
     rng = random.Random(group)
     for attempt in range(4):
-        code = stop_at_random(
-            tmp_path, signal.SIGKILL, rng, until_training, in_training=attempt != 1
-        )
+        within = until_training if attempt == 1 else None
+        code = stop_at_random(tmp_path, signal.SIGKILL, rng, within)
         assert code == -signal.SIGKILL
     assert_ends_as(tmp_path, reference)
 
@@ -119,11 +119,11 @@ def test_stopped_by_a_signal_it_says_so_and_ends_in_the_same_bits(
     alone, tmp_path, signum, code, group
 ):
     """Five groups of four make 20 stops by SIGTERM."""
-    reference, until_training = alone
+    reference, _ = alone
     rng = random.Random(100 * signum + group)
     saved = 0
     for _ in range(4):
-        assert stop_at_random(tmp_path, signum, rng, until_training, in_training=True) == code
+        assert stop_at_random(tmp_path, signum, rng) == code
         before, saved = saved, max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
         assert saved > before
     assert_ends_as(tmp_path, reference)
