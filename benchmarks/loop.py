@@ -7,6 +7,7 @@ import time
 
 import jax
 
+from benchmarks.timing import turns
 from train import demo, trainer
 from train.program import Program, RawBatch, State
 
@@ -52,12 +53,11 @@ def overhead(epochs: int = 20, rounds: int = 7) -> dict[str, float]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     loop(program.init(key))  # compiles
-    for _ in range(rounds):
-        for name, function in timed.items():
-            state = jax.block_until_ready(program.init(key))
-            started = time.perf_counter()
-            function(state)
-            seconds[name].append((time.perf_counter() - started) / steps)
+    for name in turns(timed, rounds):
+        state = jax.block_until_ready(program.init(key))
+        started = time.perf_counter()
+        timed[name](state)
+        seconds[name].append((time.perf_counter() - started) / steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [a / b for a, b in zip(seconds["loop"], seconds["step"], strict=True)]
     return {**medians, "overhead": statistics.median(ratios) - 1}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import optax_bilevel
 from benchmarks import steps
-from benchmarks.timing import compare
+from benchmarks.timing import compare, turns
 
 AGGREGATORS = ("UPGrad", "MGDA", "PCGrad", "IMTLG", "AlignedMTL")
 LAM, MU = 1.0, 0.01
@@ -72,11 +72,10 @@ def _time(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, flo
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
-    for _ in range(rounds):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - started)
+    for name in turns(functions, rounds):
+        started = time.perf_counter()
+        functions[name]()
+        seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

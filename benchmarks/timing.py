@@ -1,9 +1,10 @@
 """Timing as ratios within one run: candidates take turns, so that a drifting machine hits all."""
 
+import random
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,19 @@ def temporary_bytes(compiled: Any) -> int:
 
 def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """Every name once a round, in a new random order each.
+
+    A call can take twice as long after one candidate as after another: caches, clock and freed
+    memory are as the last one left them. Orders are the same in every run.
+    """
+    rng = random.Random(0)
+    order = list(names)
+    for _ in range(rounds):
+        rng.shuffle(order)
+        yield from order
 
 
 def compare(
@@ -76,13 +90,12 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     processor: dict[str, list[float]] = {name: [] for name in candidates}
     faults: dict[str, list[int]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name in candidates:
-            started, used, faulted = time.perf_counter(), time.process_time(), _page_faults()
-            call(name)
-            seconds[name].append(time.perf_counter() - started)
-            processor[name].append(time.process_time() - used)
-            faults[name].append(_page_faults() - faulted)
+    for name in turns(candidates, rounds):
+        started, used, faulted = time.perf_counter(), time.process_time(), _page_faults()
+        call(name)
+        seconds[name].append(time.perf_counter() - started)
+        processor[name].append(time.process_time() - used)
+        faults[name].append(_page_faults() - faulted)
     return {
         name: Timing(
             statistics.median(seconds[name]),
