@@ -73,6 +73,7 @@ def _time(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, flo
     for function in functions.values():
         function()
     for name in turns(functions, rounds):
+        functions[name]()
         started = time.perf_counter()
         functions[name]()
         seconds[name].append(time.perf_counter() - started)

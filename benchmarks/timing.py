@@ -42,11 +42,7 @@ def _page_faults() -> int:
 
 
 def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
-    """Every name once a round, in a new random order each.
-
-    A call can take twice as long after one candidate as after another: caches, clock and freed
-    memory are as the last one left them. Orders are the same in every run.
-    """
+    """Every name once a round, in a new random order each; the same orders in every run."""
     rng = random.Random(0)
     order = list(names)
     for _ in range(rounds):
@@ -61,6 +57,9 @@ def compare(
     states: dict[str, Any] | None = None,
 ) -> dict[str, Timing]:
     """Compiles every candidate for the same arguments and times them in turns.
+
+    A turn is a call that is not timed, and one that is: what went before it, and the memory that
+    is still being given back, are then its own, as in a loop.
 
     Args:
         candidates: functions of `arguments`, by name.
@@ -91,6 +90,7 @@ def compare(
     processor: dict[str, list[float]] = {name: [] for name in candidates}
     faults: dict[str, list[int]] = {name: [] for name in candidates}
     for name in turns(candidates, rounds):
+        call(name)
         started, used, faulted = time.perf_counter(), time.process_time(), _page_faults()
         call(name)
         seconds[name].append(time.perf_counter() - started)

@@ -532,10 +532,11 @@ def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
 
 # Entries of a stack that a Gram matrix is made of at a time: 4 MiB in float32, which caches hold.
 _CHUNK = 1 << 20
-# Entries of a stack that are added up side by side, and how many such columns a pass of the loop
-# takes. Not pages apart, or columns read together would compete for the same places of the caches.
+# Entries of a stack that are added up side by side, and how many bytes of each such sum's entries
+# a pass of the loop takes: 6 of float32, 12 of bfloat16. Not pages apart, or columns read together
+# would compete for the same places of the caches.
 _LANES = 1 << 17
-_UNROLL = 6
+_PASS = 24
 _PAGE, _OFFSET = 1 << 10, 208
 
 
@@ -578,8 +579,8 @@ def _dots_and_norms_by_lanes(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Re⟨v, g_i⟩ and |g_i|² of the rows of g [k, n], [k] each, and |v|², [1].
 
-    A loop adds up products of columns, which XLA makes one vectorised pass over memory of and one
-    over caches; reductions of the same are passes over memory each, on one core or with a copy.
+    A loop adds up products of columns, which XLA makes one vectorised pass over memory of;
+    reductions of the same are passes over memory each, on one core or with a copy.
 
     Args:
         g: [k, n].
@@ -588,6 +589,7 @@ def _dots_and_norms_by_lanes(
     """
     k, n = g.shape
     lanes = min(_LANES // k // _PAGE * _PAGE + _OFFSET, n)
+    unroll = max(_PASS // g.dtype.itemsize, 1)
     slots = static_int(num_validation)
 
     def validation(start: Any, width: int) -> jax.Array:
@@ -601,7 +603,11 @@ def _dots_and_norms_by_lanes(
 
     def products(start: Any, width: int) -> tuple[jax.Array, ...]:
         x, v = _columns(g, start, width), validation(start, width)
-        return tuple(jnp.real(jnp.conj(a) * b) for a, b in ((v, x), (x, x), (v, v)))
+        dot, square, validation_square = (
+            jnp.real(jnp.conj(a) * b) for a, b in ((v, x), (x, x), (v, v))
+        )
+        # One complex array: XLA's CPU backend would go over `g` once for each of two.
+        return jax.lax.complex(dot, square), validation_square
 
     def add(start: Any, count: int, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         for j in range(count):
@@ -609,17 +615,20 @@ def _dots_and_norms_by_lanes(
         return totals
 
     columns, left = divmod(n, lanes)
-    passes, rest = divmod(columns - 1, _UNROLL)
+    passes, rest = divmod(columns - 1, unroll)
     totals = jax.lax.fori_loop(
         0,
         passes,
-        lambda i, totals: add((i * _UNROLL + 1) * lanes, _UNROLL, totals),
+        lambda i, totals: add((i * unroll + 1) * lanes, unroll, totals),
         products(0, lanes),
     )
-    parts = [add((passes * _UNROLL + 1) * lanes, rest, totals)]
+    parts = [add((passes * unroll + 1) * lanes, rest, totals)]
     if left:
         parts.append(products(n - left, left))
-    sums = [[jnp.sum(x, axis=1) for x in part] for part in parts]
+    sums = [
+        [jnp.sum(x, axis=1) for x in (jnp.real(pair), jnp.imag(pair), square)]
+        for pair, square in parts
+    ]
     dots, sq_norms, validation_sq_norm = (
         functools.reduce(jnp.add, x) for x in zip(*sums, strict=True)
     )
