@@ -532,12 +532,13 @@ def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
 
 # Entries of a stack that a Gram matrix is made of at a time: 4 MiB in float32, which caches hold.
 _CHUNK = 1 << 20
-# Entries of a stack that are added up side by side, and how many bytes of each such sum's entries
-# a pass of the loop takes: 6 of float32, 12 of bfloat16. Not pages apart, or columns read together
-# would compete for the same places of the caches.
+# Of how many entries of a stack products are added up side by side, at least; and of each such sum,
+# how many bytes of its entries a pass of the loop takes: 6 of float32, 12 of bfloat16.
 _LANES = 1 << 17
 _PASS = 24
-_PAGE, _OFFSET = 1 << 10, 208
+# Columns that a pass takes begin on cache lines, and not pages apart, or they would compete for the
+# same places of the caches.
+_LINE, _PAGE = 16, 1 << 10
 
 
 def _columns(g: jax.Array, start: Any, width: int, row: int | None = None) -> jax.Array:
@@ -588,8 +589,11 @@ def _dots_and_norms_by_lanes(
         past: v itself, [1, n].
     """
     k, n = g.shape
-    lanes = min(_LANES // k // _PAGE * _PAGE + _OFFSET, n)
     unroll = max(_PASS // g.dtype.itemsize, 1)
+    passes = n // (max(_LANES // k, _LINE) * unroll)
+    lanes = n // (max(passes, 1) * unroll) // _LINE * _LINE
+    if lanes % _PAGE == 0:
+        lanes -= _LINE
     slots = static_int(num_validation)
 
     def validation(start: Any, width: int) -> jax.Array:
@@ -609,21 +613,15 @@ def _dots_and_norms_by_lanes(
         # One complex array: XLA's CPU backend would go over `g` once for each of two.
         return jax.lax.complex(dot, square), validation_square
 
-    def add(start: Any, count: int, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        for j in range(count):
-            totals = jax.tree.map(jnp.add, totals, products(start + j * lanes, lanes))
-        return totals
+    def one_pass(i: Any) -> tuple[jax.Array, ...]:
+        parts = (products((i * unroll + j) * lanes, lanes) for j in range(unroll))
+        return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
 
-    columns, left = divmod(n, lanes)
-    passes, rest = divmod(columns - 1, unroll)
-    totals = jax.lax.fori_loop(
-        0,
-        passes,
-        lambda i, totals: add((i * unroll + 1) * lanes, unroll, totals),
-        products(0, lanes),
-    )
-    parts = [add((passes * unroll + 1) * lanes, rest, totals)]
-    if left:
+    def add(i: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return jax.tree.map(jnp.add, totals, one_pass(i))
+
+    parts = [jax.lax.fori_loop(1, passes, add, one_pass(0))] if passes else []
+    if left := n - passes * unroll * lanes:
         parts.append(products(n - left, left))
     sums = [
         [jnp.sum(x, axis=1) for x in (jnp.real(pair), jnp.imag(pair), square)]

@@ -104,10 +104,7 @@ def stratified(
     classes.warn_if_unvisited(counts == 0, f"has fewer than k={k} examples")
     num_tuples = _enough(int(counts.sum()), k, b)
 
-    def draw(rng: np.random.Generator) -> np.ndarray:
-        return _class_tuples(classes.ids, counts, k, rng)
-
-    return Sampler(draw, num_tuples, k, b, seed)
+    return Sampler(_class_tuples(classes.ids, counts, k), num_tuples, k, b, seed)
 
 
 def random(num_examples: int, k: int, b: int, *, seed: int) -> Sampler:
@@ -203,9 +200,10 @@ def separate_validation(
     )
     counts = np.where(has_validation, counts, 0)
     num_tuples = _enough(int(counts.sum()), k, b)
+    draw_training = _class_tuples(classes.ids[training], counts, size)
 
     def draw(rng: np.random.Generator) -> np.ndarray:
-        tuples = training[_class_tuples(classes.ids[training], counts, size, rng)]
+        tuples = training[draw_training(rng)]
         served = [
             _queue(examples, count * num_validation, rng)
             for examples, count in zip(of_class, counts, strict=True)
@@ -238,7 +236,7 @@ def hold_out(labels: np.ndarray, ratio: float, *, seed: int) -> np.ndarray:
     classes = _Classes(labels, None)
     counts = np.maximum(1, np.rint(ratio * classes.counts).astype(np.int64))
     rng = np.random.default_rng([seed, 0x7A11D])  # apart from the streams of the epochs
-    return np.sort(_class_tuples(classes.ids, counts, 1, rng).ravel())
+    return np.sort(_class_tuples(classes.ids, counts, 1)(rng).ravel())
 
 
 def multi_label(labels: np.ndarray, k: int, b: int, *, seed: int) -> Sampler:
@@ -327,15 +325,17 @@ class _Classes:
         )
 
 
-def _class_tuples(
-    ids: np.ndarray, counts: np.ndarray, size: int, rng: np.random.Generator
-) -> np.ndarray:
+def _class_tuples(ids: np.ndarray, counts: np.ndarray, size: int) -> _Draw:
     """Draws ``counts[c]`` tuples of `size` distinct examples of each class c, in class order."""
-    shuffled = rng.permutation(len(ids))
-    order = shuffled[np.argsort(ids[shuffled], kind="stable")]
     per_class = np.bincount(ids, minlength=len(counts))
     place = np.arange(len(ids)) - np.repeat(np.cumsum(per_class) - per_class, per_class)
-    return order[place < np.repeat(counts * size, per_class)].reshape(-1, size)
+    taken = place < np.repeat(counts * size, per_class)
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        shuffled = rng.permutation(len(ids))
+        return shuffled[np.argsort(ids[shuffled], kind="stable")][taken].reshape(-1, size)
+
+    return draw
 
 
 def _queue(examples: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:

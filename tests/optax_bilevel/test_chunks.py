@@ -13,7 +13,7 @@ from tests.optax_bilevel.problems import stack_of
 @pytest.fixture
 def chunks_of_16(monkeypatch):
     """k = 4 mini-batches, 16 entries of each at a time, 2 side by side, as on one device."""
-    for name, value in {"_CHUNK": 64, "_LANES": 8, "_PAGE": 1, "_OFFSET": 0}.items():
+    for name, value in {"_CHUNK": 64, "_LANES": 8, "_LINE": 1, "_PAGE": 1 << 10}.items():
         monkeypatch.setattr(_inner_products, name, value)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
@@ -36,7 +36,7 @@ def products(leaves, num_validation=1, with_gram=False, past=None, traced=None):
 @pytest.mark.parametrize("validation", [1, 2, "traced", "past"])
 @pytest.mark.parametrize("with_gram", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
-@pytest.mark.parametrize("shape", [(37,), (3, 4, 9)])
+@pytest.mark.parametrize("shape", [(61,), (3, 4, 9)])
 def test_same_products_as_in_float64(shape, dtype, with_gram, validation):
     leaves = stack_of(0, [shape], 4, dtype)
     g = oracle.widen(leaves[0]).reshape(4, -1)
