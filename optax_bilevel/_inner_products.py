@@ -532,12 +532,12 @@ def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
 
 # Entries of a stack that a Gram matrix is made of at a time: 4 MiB in float32, which caches hold.
 _CHUNK = 1 << 20
-# Of how many entries of a stack products are added up side by side, at least; and of each such sum,
-# how many bytes of its entries a pass of the loop takes: 6 of float32, 12 of bfloat16.
+# Of about how many entries of a stack products are added up side by side, and how many bytes a pass
+# of the loop adds to each such sum: 6 entries of float32, 12 of bfloat16.
 _LANES = 1 << 17
 _PASS = 24
-# Columns that a pass takes begin on cache lines, and not pages apart, or they would compete for the
-# same places of the caches.
+# Entries of a cache line and of a page of float32. What a pass adds begins on lines, but not pages
+# apart, where it would compete for the same places of the caches.
 _LINE, _PAGE = 16, 1 << 10
 
 
@@ -590,7 +590,7 @@ def _dots_and_norms_by_lanes(
     """
     k, n = g.shape
     unroll = max(_PASS // g.dtype.itemsize, 1)
-    passes = n // (max(_LANES // k, _LINE) * unroll)
+    passes = n // (max(_LANES // k // _LINE, 1) * _LINE * unroll)
     lanes = n // (max(passes, 1) * unroll) // _LINE * _LINE
     if lanes % _PAGE == 0:
         lanes -= _LINE
