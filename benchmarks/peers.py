@@ -12,14 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-import optax_bilevel
 from benchmarks import steps
 from benchmarks.timing import compare, turns
+from benchmarks.weighting import LAM, MU, rule
 
 AGGREGATORS = ("UPGrad", "MGDA", "PCGrad", "IMTLG", "AlignedMTL")
-LAM, MU = 1.0, 0.01
 
 
 def available() -> bool:
@@ -50,7 +48,7 @@ def measure(rounds: int = 9) -> dict[str, dict[str, float]]:
 
     size = sum(x.size for x in jax.tree.leaves(arguments[0]))
     stack = jax.random.normal(jax.random.key(0), (case.k, size))
-    rules = {f"optax_bilevel {solver}": _rule(solver) for solver in ("diagonal", "exact")}
+    rules = {f"optax_bilevel {solver}": rule(solver) for solver in ("diagonal", "exact")}
     aggregators = {name: t.seconds for name, t in compare(rules, (stack,), rounds).items()}
     return {
         "steps_vs_sgd": versus,
@@ -58,20 +56,9 @@ def measure(rounds: int = 9) -> dict[str, dict[str, float]]:
     }
 
 
-def _rule(solver: str) -> Callable[[jax.Array], Any]:
-    rule = optax_bilevel.bilevel_reweight(LAM, MU, solver=solver)
-
-    def update(stack: jax.Array) -> Any:
-        return rule.update(stack, rule.init(jnp.zeros(stack.shape[1:])))[0]
-
-    return update
-
-
 def _time(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each, in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
     for name in turns(functions, rounds):
         functions[name]()
         started = time.perf_counter()

@@ -77,7 +77,10 @@ def weighting(summary: Summary) -> str:
                 f"{1e3 * figures['weighting']:.1f}",
                 f"{1e3 * figures['limit']:.1f}",
                 f"{figures['ratio']:.2f}",
-                *(f"{1e3 * figures[name]:.1f}" for name in ("processor", "sum", "by_hand")),
+                *(  # older figures lack them
+                    f"{1e3 * figures[name]:.1f}" if name in figures else ""
+                    for name in ("processor", "sum", "by_hand")
+                ),
             )
             for dtype, figures in summary.get("weighting", {}).items()
         ),
