@@ -364,22 +364,44 @@ def _contract(stack: jax.Array, other: jax.Array, axes: tuple[int, ...]) -> jax.
     return jnp.real(result)
 
 
-def _unshared(stack: jax.Array, *others: jax.Array) -> jax.Array:
-    """`stack`, such that XLA does not see that others read it too.
+def _unshared(stack: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+    """All of them, such that XLA does not see that others read `stack`, too.
 
     A conversion to float32 with several readers is written out on CPU instead of being fused into
-    each, which costs several passes over memory. `others` tells one use apart from another.
+    each, which costs several passes over memory. `others`, which are to be used with `stack`, tell
+    one use apart from another.
     """
     if stack.dtype == accumulation_dtype(stack.dtype):
-        return stack
-    return jax.lax.optimization_barrier((stack, *others))[0]
+        return stack, *others
+    return jax.lax.optimization_barrier((stack, *others))
+
+
+def _add_up(stack: jax.Array, omega: jax.Array, rows: range) -> jax.Array:
+    """Σ_i ω_i g_i over some rows of a stack [k, *shape], one by one: [*shape].
+
+    XLA's CPU backend reduces over a leading axis tens of times slower than it adds.
+
+    Args:
+        stack: [k, *shape].
+        omega: [k], of the dtype to sum in; 0 leaves out NaN, too.
+        rows: which of the k; at least one.
+    """
+
+    def row(i: int) -> jax.Array:
+        # For more than 15 readers XLA writes out what they read, here the stack in float32.
+        x, weight = _unshared(stack, omega[i])
+        # A slice keeps its axis, or XLA goes through it in another, slower order.
+        return jnp.where(weight == 0, 0, weight * x[i : i + 1].astype(omega.dtype))
+
+    return functools.reduce(jnp.add, map(row, rows))[0]
 
 
 def _square_sums(stack: jax.Array | Factored) -> jax.Array:
     """|·|² of every stacked entry, [k]; on CPU several times faster than as a contraction."""
     if isinstance(stack, Factored):
         return _factored_square_sums(stack)
-    stack = _unshared(stack).astype(accumulation_dtype(stack.dtype))
+    (stack,) = _unshared(stack)
+    stack = stack.astype(accumulation_dtype(stack.dtype))
     parts = [stack]
     if jnp.issubdtype(stack.dtype, jnp.complexfloating):
         parts = [jnp.real(stack), jnp.imag(stack)]
@@ -532,13 +554,13 @@ def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
 
 # Entries of a stack that a Gram matrix is made of at a time: 4 MiB in float32, which caches hold.
 _CHUNK = 1 << 20
-# Of about how many entries of a stack products are added up side by side, and how many bytes a pass
-# of the loop adds to each such sum: 6 entries of float32, 12 of bfloat16.
-_LANES = 1 << 17
-_PASS = 24
-# Entries of a cache line and of a page of float32. What a pass adds begins on lines, but not pages
-# apart, where it would compete for the same places of the caches.
-_LINE, _PAGE = 16, 1 << 10
+# A pass of the loop over a large leaf goes through so many streams of every row at a time, in blocks
+# of so many lines of so many entries: each entry of a line has its own sum over lines and streams,
+# and about _SUMS of such sums lie side by side.
+_STREAMS, _LINES, _LINE = 6, 10, 16
+_SUMS = 1 << 17
+# From more slots than these v is added up beforehand, in a buffer of its own.
+_MOST_SLOTS = 4
 
 
 def _columns(g: jax.Array, start: Any, width: int, row: int | None = None) -> jax.Array:
@@ -577,10 +599,10 @@ def _gram_by_chunks(g: jax.Array) -> jax.Array:
 
 def _dots_and_norms_by_lanes(
     g: jax.Array, num_validation: Any, past: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Re⟨v, g_i⟩ and |g_i|² of the rows of g [k, n], [k] each, and |v|², [1].
+) -> tuple[jax.Array, jax.Array]:
+    """Re⟨v, g_i⟩ and |g_i|² of the rows of g [k, n], [k] each.
 
-    A loop adds up products of columns, which XLA makes one vectorised pass over memory of;
+    A loop adds up products by columns, which XLA makes one vectorised pass over memory of;
     reductions of the same are passes over memory each, on one core or with a copy.
 
     Args:
@@ -589,48 +611,45 @@ def _dots_and_norms_by_lanes(
         past: v itself, [1, n].
     """
     k, n = g.shape
-    unroll = max(_PASS // g.dtype.itemsize, 1)
-    passes = n // (max(_LANES // k // _LINE, 1) * _LINE * unroll)
-    lanes = n // (max(passes, 1) * unroll) // _LINE * _LINE
-    if lanes % _PAGE == 0:
-        lanes -= _LINE
     slots = static_int(num_validation)
+    if past is None and (slots is None or slots > _MOST_SLOTS):
+        is_validation = (jnp.arange(k) < num_validation).astype(accumulation_dtype(g.dtype))
+        past = _add_up(g, is_validation, range(slots or k))[None]
+    # The more rows make v, the sooner the loop over lines is too long for LLVM to unroll.
+    lines = min(_LINES, 24 // (1 + slots)) if past is None else _LINES
+    passes = max(n // (max(_SUMS // k, _LINE) * _STREAMS * lines), 1)
+    blocks = n // (passes * _STREAMS * lines * _LINE)
+    stream = blocks * lines * _LINE
 
     def validation(start: Any, width: int) -> jax.Array:
         if past is not None:
             return _columns(past, start, width)
-        if slots is None:
-            v = validation_gradient(_columns(g, start, width), num_validation)
-            return jax.lax.optimization_barrier(v)[None]
         # Each row sliced from `g`: a slice of a slice is not vectorised.
         return functools.reduce(jnp.add, (_columns(g, start, width, row) for row in range(slots)))
 
-    def products(start: Any, width: int) -> tuple[jax.Array, ...]:
+    def products(start: Any, blocks: int, lines: int, line: int) -> jax.Array:
+        """Of the columns from `start`, summed over the lines of a block: [k, blocks, line]."""
+        width = blocks * lines * line
         x, v = _columns(g, start, width), validation(start, width)
-        dot, square, validation_square = (
-            jnp.real(jnp.conj(a) * b) for a, b in ((v, x), (x, x), (v, v))
+        dot, square = (
+            jnp.real(jnp.conj(a) * x).reshape(k, blocks, lines, line) for a in (v, x)
         )
         # One complex array: XLA's CPU backend would go over `g` once for each of two.
-        return jax.lax.complex(dot, square), validation_square
+        return jnp.sum(jax.lax.complex(dot, square), axis=2)
 
-    def one_pass(i: Any) -> tuple[jax.Array, ...]:
-        parts = (products((i * unroll + j) * lanes, lanes) for j in range(unroll))
-        return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
+    def one_pass(i: Any) -> jax.Array:
+        starts = ((i * _STREAMS + j) * stream for j in range(_STREAMS))
+        return functools.reduce(
+            jnp.add, (products(start, blocks, lines, _LINE) for start in starts)
+        )
 
-    def add(i: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return jax.tree.map(jnp.add, totals, one_pass(i))
-
-    parts = [jax.lax.fori_loop(1, passes, add, one_pass(0))] if passes else []
-    if left := n - passes * unroll * lanes:
-        parts.append(products(n - left, left))
-    sums = [
-        [jnp.sum(x, axis=1) for x in (jnp.real(pair), jnp.imag(pair), square)]
-        for pair, square in parts
-    ]
-    dots, sq_norms, validation_sq_norm = (
-        functools.reduce(jnp.add, x) for x in zip(*sums, strict=True)
-    )
-    return dots, sq_norms, validation_sq_norm
+    parts = []
+    if blocks:
+        parts.append(jax.lax.fori_loop(1, passes, lambda i, x: x + one_pass(i), one_pass(0)))
+    if left := n - passes * _STREAMS * stream:
+        parts.append(products(n - left, left, 1, 1))
+    total = functools.reduce(jnp.add, (jnp.sum(x, axis=(1, 2)) for x in parts))
+    return jnp.real(total), jnp.imag(total)
 
 
 def stack_products(
@@ -664,7 +683,10 @@ def stack_products(
     def on_cpu(*leaves: jax.Array) -> tuple[jax.Array, ...]:
         g, *p = (x.reshape(x.shape[0], -1) for x in leaves)
         gram = (_gram_by_chunks(g),) if with_gram else ()
-        return gram if all_in_gram else (*_dots_and_norms_by_lanes(g, num_validation, *p), *gram)
+        if all_in_gram:
+            return gram
+        dots, sq_norms = _dots_and_norms_by_lanes(g, num_validation, *p)
+        return dots, sq_norms, _square_sums(p[0]) if p else sum_of_validation(dots), *gram
 
     def of_leaf(g: jax.Array | Factored, *p: jax.Array) -> tuple[jax.Array, ...]:
         if isinstance(g, Factored):
@@ -676,7 +698,12 @@ def stack_products(
 
     def factored(g: Factored) -> tuple[jax.Array, ...]:
         dots = _factored_dots_among(g, num_validation)
-        return dots, _square_sums(g), jnp.maximum(jnp.sum(dots[:num_validation]), 0)[None]
+        return dots, _square_sums(g), sum_of_validation(dots)
+
+    def sum_of_validation(dots: jax.Array) -> jax.Array:
+        """|v|² = Σ_{j∈V} ⟨v, g_j⟩, [1]; `where`, not products: NaN stays in its own mini-batch."""
+        is_validation = jnp.arange(dots.shape[0]) < num_validation
+        return jnp.maximum(jnp.sum(jnp.where(is_validation, dots, 0)), 0)[None]
 
     stacks = jax.tree.leaves(grads)
     pasts = [(p[None],) for p in jax.tree.leaves(past)] if past is not None else [()] * len(stacks)
@@ -695,7 +722,9 @@ def stack_products(
     return _rule.Products(dots, sq_norms, validation_sq_norm, gram)
 
 
-def weighted_sum(grads: PyTree, weights: jax.Array, grouping: Grouping) -> PyTree:
+def weighted_sum(
+    grads: PyTree, weights: jax.Array, grouping: Grouping, *, held_out: Any = 0
+) -> PyTree:
     """Σ_i ω_i g_i over the leading axis, in the accumulation dtype.
 
     A mini-batch of weight 0 takes no part, even where its gradient is NaN.
@@ -704,6 +733,7 @@ def weighted_sum(grads: PyTree, weights: jax.Array, grouping: Grouping) -> PyTre
         grads: leaves [k, *shape].
         weights: [groups, k].
         grouping: the group of every leaf.
+        held_out: of how many leading mini-batches the weight is known to be 0; an int, or traced.
 
     Returns:
         leaves [*shape].
@@ -711,22 +741,19 @@ def weighted_sum(grads: PyTree, weights: jax.Array, grouping: Grouping) -> PyTre
     leaves, treedef = jax.tree.flatten(grads)
 
     def reduce(g: jax.Array, omega: jax.Array) -> jax.Array:
-        dtype = accumulation_dtype(g.dtype)
-        omega = _along_first(omega.astype(dtype), g)
-        return jnp.sum(jnp.where(omega == 0, 0, omega * g.astype(dtype)), axis=0)
+        g, omega = _unshared(g, omega)
+        omega = _along_first(omega, g)
+        return jnp.sum(jnp.where(omega == 0, 0, omega * g.astype(omega.dtype)), axis=0)
 
     def add_up(g: jax.Array, omega: jax.Array) -> jax.Array:
-        return functools.reduce(
-            jnp.add, (reduce(g[i : i + 1], omega[i : i + 1]) for i in range(g.shape[0]))
-        )
+        return _add_up(g, omega, range(static_int(held_out) or 0, g.shape[0]))
 
     def leaf_sum(g: jax.Array | Factored, omega: jax.Array) -> jax.Array:
+        omega = omega.astype(accumulation_dtype(g.dtype))
         if isinstance(g, Factored):
-            return _factored_sum(g, omega.astype(accumulation_dtype(g.dtype)))
-        g = _unshared(g, omega)
+            return _factored_sum(g, omega)
         if g.shape[0] == 1 or _has_explicit_leading_axis(g):
             return reduce(g, omega)
-        # XLA's CPU backend reduces over a leading axis tens of times slower than it adds.
         return jax.lax.platform_dependent(g, omega, cpu=add_up, default=reduce)
 
     return treedef.unflatten(

@@ -202,7 +202,9 @@ def bilevel_reweight(
             past=None if past is None else past.average,
         )
         weights = _rule.weigh(products, rule, _past.has_past(past))
-        total = _inner_products.weighted_sum(updates, weights.values, grouping)
+        total = _inner_products.weighted_sum(
+            updates, weights.values, grouping, held_out=rule.held_out
+        )
         new_updates = jax.tree.map(lambda x, g: x.astype(g.dtype), total, updates)
         carried = None
         if num_batches is not None:

@@ -146,7 +146,9 @@ def bilevel_value_and_grad(
                 stack, grouping, num_validation, with_gram=False
             )
             weights = _rule.weigh(products, rule)
-            total = _inner_products.weighted_sum(stack, weights.values, grouping)
+            total = _inner_products.weighted_sum(
+                stack, weights.values, grouping, held_out=num_validation
+            )
             grads = jax.tree.map(lambda x, p: x.astype(p.dtype), total, params)
             return values, grads, grouping.present(weights.values)
 
