@@ -128,9 +128,7 @@ def bilevel_pmean(
         everywhere,
     )
     weights = _rule.weigh(products, rule, _past.has_past(past))
-    sums = _inner_products.weighted_sum(
-        stacked, weights.values, grouping, held_out=rule.held_out
-    )
+    sums = _inner_products.weighted_sum(stacked, weights.values, grouping, held_out=rule.held_out)
     result = _shards.gather(sums, grads, everywhere)
     if past is not None and rows is not None:
         rows = _past.advance_by_stack(rows, stacked, products.sq_norms, grouping, rule)

@@ -556,9 +556,11 @@ def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
 _CHUNK = 1 << 20
 # A pass of the loop over a large leaf goes through so many streams of every row at a time, in blocks
 # of so many lines of so many entries: each entry of a line has its own sum over lines and streams,
-# and about _SUMS of such sums lie side by side.
+# and about _SUMS of such sums lie side by side. A stream is read in order, which the processor
+# foresees, and a sum is written once for 60 entries: written sooner it costs as much as reading
+# where the cores share no cache.
 _STREAMS, _LINES, _LINE = 6, 10, 16
-_SUMS = 1 << 17
+_SUMS = 3 << 16
 # From more slots than these v is added up beforehand, in a buffer of its own.
 _MOST_SLOTS = 4
 
@@ -597,7 +599,7 @@ def _gram_by_chunks(g: jax.Array) -> jax.Array:
     return total + chunk(n - n % width, n % width) if n % width else total
 
 
-def _dots_and_norms_by_lanes(
+def _dots_and_norms_by_streams(
     g: jax.Array, num_validation: Any, past: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Re⟨v, g_i⟩ and |g_i|² of the rows of g [k, n], [k] each.
@@ -617,7 +619,8 @@ def _dots_and_norms_by_lanes(
         past = _add_up(g, is_validation, range(slots or k))[None]
     # The more rows make v, the sooner the loop over lines is too long for LLVM to unroll.
     lines = min(_LINES, 24 // (1 + slots)) if past is None else _LINES
-    passes = max(n // (max(_SUMS // k, _LINE) * _STREAMS * lines), 1)
+    passes = n // (max(_SUMS // k, _LINE) * _STREAMS * lines)
+    passes = passes if passes > 2 else 1  # of two passes XLA makes no loop, and runs both slower
     blocks = n // (passes * _STREAMS * lines * _LINE)
     stream = blocks * lines * _LINE
 
@@ -631,9 +634,7 @@ def _dots_and_norms_by_lanes(
         """Of the columns from `start`, summed over the lines of a block: [k, blocks, line]."""
         width = blocks * lines * line
         x, v = _columns(g, start, width), validation(start, width)
-        dot, square = (
-            jnp.real(jnp.conj(a) * x).reshape(k, blocks, lines, line) for a in (v, x)
-        )
+        dot, square = (jnp.real(jnp.conj(a) * x).reshape(k, blocks, lines, line) for a in (v, x))
         # One complex array: XLA's CPU backend would go over `g` once for each of two.
         return jnp.sum(jax.lax.complex(dot, square), axis=2)
 
@@ -647,7 +648,7 @@ def _dots_and_norms_by_lanes(
     if blocks:
         parts.append(jax.lax.fori_loop(1, passes, lambda i, x: x + one_pass(i), one_pass(0)))
     if left := n - passes * _STREAMS * stream:
-        parts.append(products(n - left, left, 1, 1))
+        parts.append(products(n - left, 1, 1, left))
     total = functools.reduce(jnp.add, (jnp.sum(x, axis=(1, 2)) for x in parts))
     return jnp.real(total), jnp.imag(total)
 
@@ -685,7 +686,7 @@ def stack_products(
         gram = (_gram_by_chunks(g),) if with_gram else ()
         if all_in_gram:
             return gram
-        dots, sq_norms = _dots_and_norms_by_lanes(g, num_validation, *p)
+        dots, sq_norms = _dots_and_norms_by_streams(g, num_validation, *p)
         return dots, sq_norms, _square_sums(p[0]) if p else sum_of_validation(dots), *gram
 
     def of_leaf(g: jax.Array | Factored, *p: jax.Array) -> tuple[jax.Array, ...]:

@@ -13,7 +13,8 @@ from tests.optax_bilevel.problems import stack_of
 @pytest.fixture
 def chunks_of_16(monkeypatch):
     """k = 4 mini-batches, 16 entries of each at a time, 2 side by side, as on one device."""
-    for name, value in {"_CHUNK": 64, "_LANES": 8, "_LINE": 1, "_PAGE": 1 << 10}.items():
+    small = {"_CHUNK": 64, "_SUMS": 8, "_STREAMS": 2, "_LINES": 4, "_LINE": 1, "_MOST_SLOTS": 2}
+    for name, value in small.items():
         monkeypatch.setattr(_inner_products, name, value)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
@@ -33,7 +34,7 @@ def products(leaves, num_validation=1, with_gram=False, past=None, traced=None):
 
 
 @pytest.mark.usefixtures("chunks_of_16")
-@pytest.mark.parametrize("validation", [1, 2, "traced", "past"])
+@pytest.mark.parametrize("validation", [1, 2, 3, "traced", "past"])
 @pytest.mark.parametrize("with_gram", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
 @pytest.mark.parametrize("shape", [(61,), (3, 4, 9)])
@@ -73,6 +74,18 @@ def test_bfloat16_is_never_written_out_in_float32(with_gram):
 
     memory = jax.jit(compute).lower(leaves).compile().memory_analysis()
     assert memory.temp_size_in_bytes < leaves[0].nbytes / 10
+
+
+@pytest.mark.parametrize("k", [4, 15, 16, 40])
+def test_bfloat16_is_not_written_out_for_the_sum(k):
+    stack = jnp.zeros((k, 1 << 14), jnp.bfloat16)
+    grouping = _inner_products.resolve_groups(stack, None)
+
+    def compute(stack, weights):
+        return _inner_products.weighted_sum(stack, weights, grouping)
+
+    memory = jax.jit(compute).lower(stack, jnp.ones((1, k))).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < stack.nbytes / 10
 
 
 @pytest.mark.usefixtures("chunks_of_16")
