@@ -554,7 +554,7 @@ def squared_norm(tree: PyTree, grouping: Grouping) -> jax.Array:
 
 # Entries of a stack that a Gram matrix is made of at a time: 4 MiB in float32, which caches hold.
 _CHUNK = 1 << 20
-# A pass of the loop over a large leaf goes through so many streams of every row at a time, in blocks
+# A pass of the loop over a large leaf goes through so many streams of every row at once, in blocks
 # of so many lines of so many entries: each entry of a line has its own sum over lines and streams,
 # and about _SUMS of such sums lie side by side. A stream is read in order, which the processor
 # foresees, and a sum is written once for 60 entries: written sooner it costs as much as reading

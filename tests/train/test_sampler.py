@@ -28,9 +28,11 @@ def test_stratified_rows_have_equal_labels_position_by_position(labels):
         assert len(np.unique(indices)) == indices.size  # at most once an epoch
 
 
-def test_pure_in_seed_epoch_step(labels):
+@pytest.mark.parametrize("together", [1, 2, 16])
+def test_pure_in_seed_epoch_step(labels, together, monkeypatch):
     draws = sampler.stratified(labels, K, B, seed=3)
     expected = [draws.batch(e, s).copy() for e in range(3) for s in range(9)]
+    monkeypatch.setattr(sampler, "_TOGETHER", together * draws.epoch(0).size)
     again = sampler.stratified(labels, K, B, seed=3)
     for e, s in reversed([(e, s) for e in range(3) for s in range(9)]):
         np.testing.assert_array_equal(again.batch(e, s), expected[e * 9 + s])
