@@ -36,7 +36,7 @@ def measure(dtype: Any, k: int = 8, size: int = 10_000_000, rounds: int = 9) -> 
 
     def weighted_sum(stack: jax.Array) -> Any:
         grouping = _inner_products.resolve_groups(stack, None)
-        return _inner_products.weighted_sum(stack, omega, grouping).astype(stack.dtype)
+        return _inner_products.weighted_sum(stack, omega, grouping, held_out=1).astype(stack.dtype)
 
     def read(stack: jax.Array) -> jax.Array:
         return jnp.sum(stack, dtype=jnp.float32)
