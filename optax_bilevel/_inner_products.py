@@ -613,10 +613,21 @@ def _dots_and_norms_by_streams(
         past: v itself, [1, n].
     """
     k, n = g.shape
-    slots = static_int(num_validation)
-    if past is None and (slots is None or slots > _MOST_SLOTS):
+    slots = 0 if past is not None else static_int(num_validation)
+
+    def added_up(g: jax.Array) -> jax.Array:
         is_validation = (jnp.arange(k) < num_validation).astype(accumulation_dtype(g.dtype))
-        past = _add_up(g, is_validation, range(slots or k))[None]
+        return _add_up(g, is_validation, range(slots or k))[None]
+
+    if slots is None:  # as under optax.inject_hyperparams, most often 1
+        return jax.lax.cond(
+            num_validation == 1,
+            lambda g: _dots_and_norms_by_streams(g, 1),
+            lambda g: _dots_and_norms_by_streams(g, 0, added_up(g)),
+            g,
+        )
+    if slots > _MOST_SLOTS:
+        past = added_up(g)
     # The more rows make v, the sooner the loop over lines is too long for LLVM to unroll.
     lines = min(_LINES, 24 // (1 + slots)) if past is None else _LINES
     passes = n // (max(_SUMS // k, _LINE) * _STREAMS * lines)
