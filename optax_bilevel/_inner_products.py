@@ -713,9 +713,13 @@ def stack_products(
         return dots, _square_sums(g), sum_of_validation(dots)
 
     def sum_of_validation(dots: jax.Array) -> jax.Array:
-        """|v|² = Σ_{j∈V} ⟨v, g_j⟩, [1]; `where`, not products: NaN stays in its own mini-batch."""
-        is_validation = jnp.arange(dots.shape[0]) < num_validation
-        return jnp.maximum(jnp.sum(jnp.where(is_validation, dots, 0)), 0)[None]
+        """|v|² = Σ_{j∈V} ⟨v, g_j⟩, [..., k] -> [..., 1].
+
+        `where`, not products: a NaN of one mini-batch stays its own.
+        """
+        is_validation = jnp.arange(dots.shape[-1]) < num_validation
+        total = jnp.sum(jnp.where(is_validation, dots, 0), axis=-1, keepdims=True)
+        return jnp.maximum(total, 0)
 
     stacks = jax.tree.leaves(grads)
     pasts = [(p[None],) for p in jax.tree.leaves(past)] if past is not None else [()] * len(stacks)
@@ -730,8 +734,7 @@ def stack_products(
     # `where`, not products: a NaN of one mini-batch stays in its own row and column.
     dots = jnp.sum(jnp.where(is_validation[:, None], gram, 0), axis=-1)
     sq_norms = jnp.sum(jnp.where(jnp.eye(k, dtype=bool)[None], gram, 0), axis=-1)
-    validation_sq_norm = jnp.sum(jnp.where(is_validation, dots, 0), axis=-1)
-    return _rule.Products(dots, sq_norms, validation_sq_norm, gram)
+    return _rule.Products(dots, sq_norms, sum_of_validation(dots)[:, 0], gram)
 
 
 def weighted_sum(
