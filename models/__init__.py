@@ -1,4 +1,4 @@
-"""The networks of the paper, as Flax NNX modules.
+"""The networks of the paper and a small one for a CPU, as Flax NNX modules.
 
 `create` builds one by name, `names` and `table` list them. Every network is a
 `Network`: images in, float32 logits out. `decay_mask` and `layer_labels` say which
@@ -15,6 +15,7 @@ from models.parameters import decay_mask, layer_labels, parameter_count
 from models.preact_resnet import PreActResNet18
 from models.registry import Row, create, names, table
 from models.resnet50 import ResNet50, load_pretrained
+from models.resnet_small import ResNetSmall
 
 __all__ = [
     "MLP",
@@ -23,6 +24,7 @@ __all__ = [
     "Network",
     "PreActResNet18",
     "ResNet50",
+    "ResNetSmall",
     "Row",
     "SmallInception",
     "create",

@@ -35,9 +35,9 @@ def decay_mask(params: Any) -> Any:
 def layer_labels(params: Any) -> Any:
     """Names the layer that each parameter belongs to.
 
-    A layer is a convolution or linear layer with its bias and its batch norm: the batch norm `bn`
-    goes with the convolution `conv` beside it, `bn1` with `conv1`. Fits the paper's weights ω per
-    layer (table 1, row b) as `bilevel_reweight(groups=layer_labels)`.
+    A layer is a convolution or linear layer with its bias and its norm: the norm `bn` or `norm`
+    goes with the convolution `conv` beside it, `bn1` or `norm1` with `conv1`. Fits the paper's
+    weights ω per layer (table 1, row b) as `bilevel_reweight(groups=layer_labels)`.
 
     Args:
         params: parameters of a network, an `nnx.State` or plain dicts, or anything with the same
@@ -48,7 +48,7 @@ def layer_labels(params: Any) -> Any:
     """
 
     def label(path, _) -> str:
-        return re.sub(r"\bbn(\d*)$", r"conv\1", "/".join(_names(path)[:-1]))
+        return re.sub(r"\b(?:bn|norm)(\d*)$", r"conv\1", "/".join(_names(path)[:-1]))
 
     return jax.tree_util.tree_map_with_path(label, params)
 

@@ -16,6 +16,7 @@ from models.network import Network
 from models.parameters import parameter_count
 from models.preact_resnet import PreActResNet18
 from models.resnet50 import ResNet50
+from models.resnet_small import ResNetSmall
 
 _NETWORKS: dict[str, Callable[..., Network]] = {
     "alexnet": AlexNet,
@@ -27,6 +28,8 @@ _NETWORKS: dict[str, Callable[..., Network]] = {
     "mlp_3x512": partial(MLP, hidden=(512, 512, 512)),
     "preact_resnet18": PreActResNet18,
     "resnet50": ResNet50,
+    "resnet_small": partial(ResNetSmall, norm="batch"),
+    "resnet_small_gn": partial(ResNetSmall, norm="group"),
 }
 
 # Input shapes and class counts that the paper and this project train with.
@@ -46,6 +49,10 @@ _USES: tuple[tuple[str, tuple[int, ...], int], ...] = (
     ("alexnet", (227, 227, 3), 1000),
     ("resnet50", (224, 224, 3), 14),
     ("resnet50", (224, 224, 3), 1000),
+    ("resnet_small", (8, 8, 1), 10),
+    ("resnet_small", (28, 28, 1), 10),
+    ("resnet_small", (64, 64, 3), 10),
+    ("resnet_small_gn", (64, 64, 3), 10),
     ("mlp", (8, 8, 1), 10),
     ("mlp", (28, 28, 1), 10),
     ("mlp_1x512", (28, 28, 3), 10),

@@ -37,9 +37,12 @@ def test_decay_mask_marks_kernels_alone():
         # Stem, 16 convolutions, 3 shortcuts, linear; 17 batch norms with scale and shift, a bias.
         ("preact_resnet18", (32, 32, 3), 21, 21 + 34 + 1),
         ("resnet50", (224, 224, 3), 54, 54 + 2 * 53 + 1),
+        # Stem, 6 convolutions, 2 shortcuts, linear; 9 norms.
+        ("resnet_small", (8, 8, 1), 10, 10 + 18 + 1),
+        ("resnet_small_gn", (8, 8, 1), 10, 10 + 18 + 1),
     ],
 )
-def test_decay_mask_leaves_batch_norm_out(name, input_shape, kernels, leaves):
+def test_decay_mask_leaves_norms_out(name, input_shape, kernels, leaves):
     params = params_of(name, input_shape)
     mask = values(models.decay_mask(params))
     assert sum(mask.values()) == kernels
@@ -72,7 +75,7 @@ def test_layer_labels(plain):
     assert jax.tree.leaves(labels) == [layer for layer in layers for _ in range(2)]
 
 
-def test_batch_norm_belongs_to_its_convolution():
+def test_norm_belongs_to_its_convolution():
     labels = values(models.layer_labels(params_of("inception", (29, 29, 3))))
     assert labels["stem/conv/kernel"] == labels["stem/bn/bias"] == "stem/conv"
     assert labels["blocks/2/threes/bn/bias"] == "blocks/2/threes/conv"
@@ -86,6 +89,12 @@ def test_batch_norm_belongs_to_its_convolution():
     labels = values(models.layer_labels(params_of("resnet50", (224, 224, 3))))
     assert labels["layer1/0/downsample/bn/bias"] == "layer1/0/downsample/conv"
     assert len(set(labels.values())) == 54
+
+    labels = values(models.layer_labels(params_of("resnet_small_gn", (8, 8, 1))))
+    assert labels["norm/scale"] == labels["conv/kernel"] == "conv"
+    assert labels["blocks/1/norm2/bias"] == "blocks/1/conv2"
+    assert labels["blocks/1/shortcut/norm/bias"] == "blocks/1/shortcut/conv"
+    assert len(set(labels.values())) == 10
 
 
 def test_labels_and_mask_of_stacked_gradients_are_those_of_the_parameters():

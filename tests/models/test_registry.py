@@ -15,7 +15,11 @@ IMAGES = {
     "mlp_3x512": (28, 28, 3),
     "preact_resnet18": (32, 32, 3),
     "resnet50": (64, 64, 3),
+    "resnet_small": (64, 64, 3),
+    "resnet_small_gn": (28, 28, 3),
 }
+
+_COMPUTING = nnx.Conv | nnx.Linear | nnx.BatchNorm | nnx.GroupNorm
 
 
 def abstract(name, num_classes, input_shape, **options):
@@ -46,6 +50,10 @@ def table():
         ("preact_resnet18", 100, (32, 32, 3), 11_217_444),
         ("alexnet", 1000, (227, 227, 3), 60_965_224),
         ("resnet50", 1000, (224, 224, 3), 25_557_032),
+        ("resnet_small", 10, (8, 8, 1), 77_754),
+        ("resnet_small", 10, (28, 28, 1), 77_754),
+        ("resnet_small", 10, (64, 64, 3), 78_042),
+        ("resnet_small_gn", 10, (64, 64, 3), 78_042),
         ("mlp_1x512", 10, (28, 28, 3), 1_209_866),
         ("mlp_3x512", 10, (28, 28, 3), 1_735_178),
         # By hand: a last layer of 20 in place of 1000 classes has 980 × (4096 + 1) fewer, a grey
@@ -84,6 +92,7 @@ def test_unknown_name_lists_the_known_ones():
         ("preact_resnet18", (7, 32, 3), "height and width at least 8"),
         ("resnet50", (31, 31, 3), "height and width at least 32"),
         ("resnet50", (224, 224, 0), "height and width at least 32"),
+        ("resnet_small", (7, 8, 1), "height and width at least 8"),
         ("mlp", (), "sizes at least 1"),
         ("mlp", (28, 0, 1), "sizes at least 1"),
     ],
@@ -115,6 +124,8 @@ def test_no_classes():
         ("mlp", 0.0),
         ("preact_resnet18", 0.0),
         ("resnet50", 0.0),
+        ("resnet_small", 0.0),
+        ("resnet_small_gn", 0.0),
     ],
 )
 def test_dropout_rates(name, rate):
@@ -146,7 +157,7 @@ def test_dtypes_and_state(name):
 
     layers = [module for _, module in nnx.iter_modules(model)]
     assert [m.rate for m in layers if isinstance(m, nnx.Dropout)] == [0.7]
-    computing = [m for m in layers if isinstance(m, nnx.Conv | nnx.Linear | nnx.BatchNorm)]
+    computing = [m for m in layers if isinstance(m, _COMPUTING)]
     assert {m.dtype for m in computing} == {jnp.dtype(jnp.bfloat16)}
 
 
