@@ -104,6 +104,33 @@ def preset(
     return Preset(name, shape, *(scaled(transform) for transform in made))
 
 
+def normalization(name: str, max_value: int = 255) -> dict[str, Any]:
+    """What a preset's evaluation does to an image, in this order, as plain data.
+
+    Args:
+        name: One of `PRESETS`.
+        max_value: The largest possible pixel value.
+
+    Returns:
+        ``crop``, the side of the central square (rounded to the lower right; zeros around a
+        smaller image), or ``scale_to``, the side of the square that the image is scaled to;
+        ``divide_by``, for pixels in [0, 1];
+        ``standardize_each_image``, or ``mean`` and ``std`` of the channels, less the one and
+        divided by the other (an image of one channel: their averages). What is not done is left
+        out.
+    """
+    size = _MAKERS[name][1]
+    steps: dict[str, Any] = {}
+    if size is not None:
+        steps["scale_to" if name == "voc" else "crop"] = size
+    steps["divide_by"] = max_value
+    if name in _STATISTICS:
+        steps["mean"], steps["std"] = map(list, _STATISTICS[name])
+    elif name != "none":
+        steps["standardize_each_image"] = True
+    return steps
+
+
 def pad_and_crop(key: jax.Array, image: jax.Array, padding: int, size: tuple[int, int]):
     """Pads each side by `padding` zeros and takes a random crop: ``[*size, c]``."""
     height, width, channels = image.shape
@@ -299,6 +326,9 @@ _MAKERS: dict[str, tuple[Callable[..., tuple[Transform, ...]], int | None, int]]
     "imagenet": (_imagenet, 227, 0),
     "voc": (_voc, 227, 0),
 }
+
+# Of the presets that normalise by a data set's statistics rather than by each image's own.
+_STATISTICS = {"preactresnet": _CIFAR10, "imagenet": _IMAGENET, "voc": _IMAGENET}
 
 PRESETS = tuple(_MAKERS)
 """The names that `preset` knows."""

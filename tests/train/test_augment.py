@@ -142,6 +142,34 @@ def test_one_channel_gets_the_average_statistics():
     np.testing.assert_allclose(out, (1 - mean) / std, rtol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", augment.PRESETS)
+def test_normalization_in_words_is_what_evaluation_does(name, channels):
+    shape = (*SIZES.get(name, (32, 32, 3))[:2], channels)
+    image = np.random.default_rng(0).integers(0, 201, shape, np.uint8)
+    steps = augment.normalization(name, 200)
+    x = np.asarray(image, np.float64)
+    for step, value in steps.items():
+        if step == "crop":
+            top, left = ((side - value + 1) // 2 for side in x.shape[:2])
+            x = x[top : top + value, left : left + value]
+        elif step == "scale_to":
+            x = np.asarray(jax.image.resize(x, (value, value, channels), "linear"))
+        elif step == "divide_by":
+            x = x / value
+        elif step == "standardize_each_image":
+            x = standardized(x)
+        elif step == "mean":
+            mean, std = np.array(value), np.array(steps["std"])
+            if channels == 1:
+                mean, std = mean.mean(), std.mean()
+            x = (x - mean) / std
+        else:
+            assert step == "std"
+    expected = augment.preset(name, shape, 200).evaluate(jax.random.key(0), image)
+    np.testing.assert_allclose(x, expected, atol=1e-4)
+
+
 def test_ten_crop():
     image = np.arange(5 * 6).reshape(5, 6, 1).astype(np.float32)
     crops = augment.ten_crop(jnp.asarray(image), 2)
