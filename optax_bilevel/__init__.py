@@ -1,32 +1,30 @@
-"""Bilevel mini-batch reweighting for optax (Jenni & Favaro, *Deep Bilevel Learning*, ECCV 2018)."""
+"""Networks that do not memorise wrong labels: two rules that cross-validate every training step.
+
+The paper's (Jenni & Favaro, *Deep Bilevel Learning*, ECCV 2018) weighs mini-batches by their
+agreement with a validation mini-batch; `coherent_steps` scales any optimizer's steps by how far
+held-out examples gain from them.
+"""
 
 from optax_bilevel._alignment import example_alignment
-from optax_bilevel._coherence import (
-    CoherentStepsState,
-    coherent_steps,
-    coherent_value_and_grad,
-    mean_and_coherence,
-)
-from optax_bilevel._collective import bilevel_pmean
+from optax_bilevel._coherent import CoherentStepsState, coherent_steps
 from optax_bilevel._multi_steps import BilevelMultiStepsState, bilevel_multi_steps
-from optax_bilevel._past import Past, init_past
+from optax_bilevel._pmean import bilevel_pmean, bilevel_pmean_and_weights
 from optax_bilevel._reweight import BilevelReweightState, bilevel_reweight, bilevel_weights
-from optax_bilevel._streaming import bilevel_value_and_grad
+from optax_bilevel._sampling import stratified_batches
+from optax_bilevel._value_and_grad import bilevel_value_and_grad
 
 __all__ = [
     "BilevelMultiStepsState",
     "BilevelReweightState",
     "CoherentStepsState",
-    "Past",
     "bilevel_multi_steps",
     "bilevel_pmean",
+    "bilevel_pmean_and_weights",
     "bilevel_reweight",
     "bilevel_value_and_grad",
     "bilevel_weights",
     "coherent_steps",
-    "coherent_value_and_grad",
     "example_alignment",
-    "init_past",
-    "mean_and_coherence",
+    "stratified_batches",
 ]
 __version__ = "0.1.0"

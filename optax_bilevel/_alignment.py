@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_bilevel import _inner_products
-from optax_bilevel._inner_products import PyTree
+from optax_bilevel import _tree, _validate
+from optax_bilevel._tree import PyTree
 
 
 def example_alignment(
@@ -24,12 +24,11 @@ def example_alignment(
 ) -> Any:
     """The inner product ⟨∇ℓ_e, v⟩ of every example's gradient with a direction v.
 
-    With a validation gradient, or a mean of past ones, as v it says which examples pull the way
-    that the others point: a small step along -v changes the loss of example e by -⟨∇ℓ_e, v⟩ to
-    first order, so that a negative value is an example which gets worse as the others get better.
-    Early in training wrong labels look like this; once a network has learnt what generalises, v
-    may itself be what the wrong labels still ask for. The inner products of a mini-batch average
-    to the numerator of eq. (10).
+    A small step along -v changes the loss of example e by -⟨∇ℓ_e, v⟩ to first order: with a mean
+    gradient as v, a negative value is an example that gets worse as the others get better. With
+    ``state.direction`` of `coherent_steps`, which is a step and no gradient, it is the other way
+    round: a negative value is an example that gains. The inner products of a mini-batch average to
+    the numerator of eq. (10).
 
     One `jax.jvp` of `loss_fn` along v, in place of one gradient per example. Each product of a
     layer becomes three, so that it costs two to four forward passes, and it holds the activations
@@ -44,10 +43,11 @@ def example_alignment(
             gradient through these too: evaluation mode keeps examples apart.
         params: parameters, float or complex leaves; `None` leaves are passed by.
         batch: b examples, whatever `loss_fn` takes.
-        direction: v, in the structure and the shapes of `params` and of any float dtype, for
-            instance what `jax.grad` gave. Its length multiplies the result; divide by its norm for
-            a figure that compares between steps.
-        has_aux: whether `loss_fn` also returns auxiliary data, for example the losses themselves.
+        direction: v, leaves of the shapes of `params` in the same order, in containers of any
+            kind, of any float dtype: for instance what `jax.grad` gave, or the momentum of an
+            optimizer. Its length multiplies the result; divide by its norm for a figure that
+            compares between steps.
+        has_aux: whether `loss_fn` also returns auxiliary data, for example the logits.
 
     Returns:
         The inner products, shaped like the losses, float32 or wider; with `has_aux`, (inner
@@ -57,9 +57,9 @@ def example_alignment(
         part of the inner product, as `optax.tree.vdot` of two gradients has it.
 
     Raises:
-        ValueError: at trace time, naming the leaf, where `direction` differs from `params` in
-            structure or shape or a leaf of either is not floating point; and where the losses are
-            one scalar, or not real.
+        ValueError: at trace time, naming the leaf, where `direction` differs from `params` in its
+            leaves or a leaf of either is not floating point; and where the losses are one scalar,
+            or not real.
 
     Example:
         >>> import jax.numpy as jnp, optax_bilevel
@@ -68,11 +68,12 @@ def example_alignment(
         >>> optax_bilevel.example_alignment(losses, jnp.zeros(3), batch, -jnp.ones(3))
         Array([ 2.,  2., -2.], dtype=float32)
     """
-    _check_direction(direction, params)
+    params = _tree.as_arrays(params)
+    direction = _validate.direction(_tree.as_arrays(direction), params)
 
     def losses_and_aux(params: PyTree) -> tuple[jax.Array, Any]:
         losses, aux = loss_fn(params, batch) if has_aux else (loss_fn(params, batch), None)
-        _check_losses(losses)
+        _validate.losses(losses)
         return losses, aux
 
     direction = jax.tree.map(jnp.conj, direction)  # jax.grad gives the conjugate of the gradient
@@ -81,13 +82,13 @@ def example_alignment(
 
     def tangent(v: jax.Array, p: jax.Array) -> jax.Array:
         if length is not None:
-            v = v.astype(_inner_products.accumulation_dtype(v.dtype))
+            v = v.astype(_tree.accumulation_dtype(v.dtype))
             v = v / length.astype(jnp.finfo(v.dtype).dtype)
         return v.astype(p.dtype)
 
     tangents = jax.tree.map(tangent, direction, params)
     _, products, aux = jax.jvp(losses_and_aux, (params,), (tangents,), has_aux=True)
-    products = products.astype(_inner_products.accumulation_dtype(products.dtype))
+    products = products.astype(_tree.accumulation_dtype(products.dtype))
     if length is not None:
         products = products * length.astype(products.dtype)
     return (products, aux) if has_aux else products
@@ -95,45 +96,6 @@ def example_alignment(
 
 def _length(direction: PyTree) -> jax.Array:
     """|v|, [], or 1 where v is zero."""
-    grouping = _inner_products.resolve_groups(direction, None)
-    length = jnp.sqrt(_inner_products.squared_norm(direction, grouping)[0])
+    grouping = _tree.resolve_groups(direction, None)
+    length = jnp.sqrt(_tree.squared_norm(direction, grouping)[0])
     return jnp.where(length == 0, 1, length)
-
-
-def _check_direction(direction: PyTree, params: PyTree) -> None:
-    """Raises ValueError at the first leaf of `direction` that does not go with `params`."""
-    wanted = dict(jax.tree_util.tree_leaves_with_path(params))
-    given = dict(jax.tree_util.tree_leaves_with_path(direction))
-    _inner_products.check_inexact(params, what="parameter")
-    _inner_products.check_inexact(direction, what="direction")
-    for path in [*wanted, *given]:
-        name = f"direction leaf {_inner_products.path_name(path)}"
-        if path not in given:
-            raise ValueError(f"{name} is missing: params has it, of shape {wanted[path].shape}")
-        if path not in wanted:
-            raise ValueError(f"{name} has no parameter to go with")
-        v, p = given[path], wanted[path]
-        if v.shape != p.shape:
-            raise ValueError(
-                f"{name}: expected the parameter's shape {p.shape}, got {v.shape}. The direction "
-                "is one gradient; for several, jax.vmap over it"
-            )
-        if jnp.iscomplexobj(v) and not jnp.iscomplexobj(p):
-            raise ValueError(f"{name}: expected real numbers for a real parameter, got {v.dtype}")
-    if not wanted:
-        raise ValueError("params needs at least one leaf")
-    if jax.tree.structure(direction) != jax.tree.structure(params):
-        raise ValueError(
-            f"direction and params differ in structure: {jax.tree.structure(direction)} and "
-            f"{jax.tree.structure(params)}"
-        )
-
-
-def _check_losses(losses: Any) -> None:
-    shape, dtype = jnp.shape(losses), jnp.result_type(losses)
-    if not shape:
-        raise ValueError(
-            "loss_fn gave one scalar: expected the losses of the examples, [b], before their mean"
-        )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"loss_fn gave losses of dtype {dtype}: expected real floating point")

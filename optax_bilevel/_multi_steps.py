@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from optax_bilevel import _inner_products, _past, _rule
-from optax_bilevel._inner_products import Groups, PyTree
+from optax_bilevel import _mesh, _rule, _tree, _validate
+from optax_bilevel._tree import Groups, PyTree
 
 
 class BilevelMultiStepsState(NamedTuple):
@@ -17,13 +18,11 @@ class BilevelMultiStepsState(NamedTuple):
         mini_step: mini-batches seen of the current step, int32 [], 0 right after an update.
         gradient_step: updates applied so far, int32 [].
         inner_state: state of the wrapped optimizer.
-        validation: Σ_{j∈V} g_j of the current step, as params, float32 or wider; with
-            ``validation="past"`` Σ_i g_i over all its mini-batches, to enter the past.
+        validation: Σ_{j∈V} g_j of the current step, as params, float32 or wider.
         total: Σ_i ω_i g_i of the current step, as params, float32 or wider.
         dots, sq_norms: inner products of the current step, [groups, k], float32 or wider.
         weights: ω̂ of the last applied step, float32 [k] or [groups, k].
         cosine, negative, effective, dropped: of the last applied step; see `BilevelReweightState`.
-        past: the average that validates, with ``validation="past"``; None otherwise.
     """
 
     mini_step: jax.Array
@@ -38,44 +37,37 @@ class BilevelMultiStepsState(NamedTuple):
     negative: jax.Array
     effective: jax.Array
     dropped: jax.Array
-    past: _past.Past | None = None
 
 
 def bilevel_multi_steps(
     opt: optax.GradientTransformation,
     every_k: int,
-    lam: Any = 1.0,
-    mu: Any = 0.01,
+    lam: ArrayLike = 1.0,
+    mu: ArrayLike = 0.01,
     *,
     num_validation: int = 1,
-    solver: str = "diagonal",
     normalize: bool = True,
     nonnegative: bool = False,
     groups: Groups = None,
-    validation: str = "batch",
-    decay: Any = None,
-    guard: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Like `optax.MultiSteps`, but every k-th call applies the reweighted gradient.
+    """Like `optax.MultiSteps`, but every k-th call applies the reweighted gradient of eq. (10).
 
     The first `num_validation` of every k calls bring the validation gradients, the others the
     training gradients; the updates of all calls but the k-th are zero. The wrapped optimizer, its
-    schedules included, advances once in k calls. Holds two gradient-sized buffers, whatever k is;
-    with ``validation="past"``, where all k calls bring training gradients, three.
+    schedules included, advances once in k calls. Holds two gradient-sized buffers, whatever k is.
 
     Args:
         opt: the optimizer that gets the reweighted gradient.
-        every_k: k, static, greater than `num_validation`; at least 1 with ``validation="past"``.
-        lam, mu, num_validation, normalize, nonnegative, groups, validation, decay, guard: as in
-            `bilevel_reweight`.
-        solver: "diagonal" only; eq. (8) needs all gradients at once.
+        every_k: k, static, greater than `num_validation`.
+        lam, mu, num_validation, normalize, nonnegative, groups: as in `bilevel_reweight`.
 
     Returns:
         A transformation for gradients shaped like the parameters. See `BilevelMultiStepsState`.
 
     Raises:
-        ValueError: at construction for a hyper-parameter out of range, ``solver="exact"`` or
-            every_k ≤ num_validation; at trace time for gradients not shaped like the parameters.
+        ValueError: at construction for a hyper-parameter out of range or every_k ≤ num_validation;
+            in `init` for a leaf that is no floating-point array; at trace time for gradients not
+            shaped like the parameters.
 
     Example:
         >>> import jax.numpy as jnp, optax, optax_bilevel
@@ -89,40 +81,39 @@ def bilevel_multi_steps(
         [0. 0.]
         [-1. -1.]
     """
-    rule = _rule.Rule(
-        lam, mu, num_validation, solver, normalize, nonnegative, validation, decay, guard
+    rule = _validate.rule(
+        lam, mu, num_validation, groups, normalize=normalize, nonnegative=nonnegative
     )
-    rule.require_streamable("bilevel_multi_steps", "use bilevel_reweight or bilevel_pmean for it")
-    _inner_products.check_groups(groups)
-    if every_k <= rule.held_out:
-        raise ValueError(
-            f"every_k = {every_k} with num_validation = {rule.held_out} leaves no mini-batch to "
-            f"train on: every_k must be at least {rule.held_out + 1}"
-        )
+    _validate.enough(f"every_k = {every_k} calls", every_k, num_validation)
     inner = optax.with_extra_args_support(opt)
 
     def init_fn(params: PyTree) -> Any:
-        _inner_products.check_masked(params, allow_masked=False)
-        grouping = _inner_products.resolve_groups(params, groups)
-        dtype = _inner_products.products_dtype(params)
-        per_slot = jnp.zeros((grouping.num_groups, every_k), dtype)
+        _validate.parameters(params)
+        grouping = _tree.resolve_groups(params, groups)
+
+        def per_slot(dtype: Any) -> jax.Array:
+            return jnp.zeros((grouping.num_groups, every_k), dtype)
+
+        def scalar(dtype: Any) -> jax.Array:
+            return jnp.zeros((), dtype)
+
+        dtype = _tree.products_dtype(params)
         scalars = {
-            "mini_step": jnp.zeros((), jnp.int32),
-            "gradient_step": jnp.zeros((), jnp.int32),
-            "dots": per_slot,
-            "sq_norms": per_slot,
-            "weights": grouping.present(per_slot).astype(jnp.float32),
-            "cosine": jnp.zeros((), jnp.float32),
-            "negative": jnp.zeros((), jnp.float32),
-            "effective": jnp.zeros((), jnp.float32),
-            "dropped": jnp.zeros((), jnp.int32),
+            "mini_step": scalar(jnp.int32),
+            "gradient_step": scalar(jnp.int32),
+            "dots": per_slot(dtype),
+            "sq_norms": per_slot(dtype),
+            "weights": grouping.present(per_slot(jnp.float32)),
+            "cosine": scalar(jnp.float32),
+            "negative": scalar(jnp.float32),
+            "effective": scalar(jnp.float32),
+            "dropped": scalar(jnp.int32),
         }
-        scalars = {name: _inner_products.replicate_like(x, params) for name, x in scalars.items()}
+        scalars = {name: _mesh.replicate_like(x, params) for name, x in scalars.items()}
         return BilevelMultiStepsState(
             inner_state=inner.init(params),
-            validation=_inner_products.wide_zeros(params),
-            total=_inner_products.wide_zeros(params),
-            past=_past.init_past(params) if rule.from_past else None,
+            validation=_tree.wide_zeros(params),
+            total=_tree.wide_zeros(params),
             **scalars,
         )
 
@@ -132,68 +123,59 @@ def bilevel_multi_steps(
         params: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
-        remedy = (
+        _validate.one_gradient(
+            updates,
+            state.total,
             "bilevel_multi_steps takes the gradient of one mini-batch a call; for k stacked "
-            "gradients use bilevel_reweight"
+            "gradients use bilevel_reweight",
         )
-        _inner_products.check_like(updates, state.total, remedy)
-        grouping = _inner_products.resolve_groups(updates, groups)
+        grouping = _tree.resolve_groups(updates, groups)
         if not jax.tree.leaves(updates):
             return updates, state
         stack = jax.tree.map(lambda g: g[None], updates)
         step = state.mini_step
-        is_validation = step < rule.held_out
-        past = state.past
-        has_past = _past.has_past(past)
+        is_validation = step < num_validation
 
-        def accumulated(old: jax.Array, new: jax.Array, active: jax.Array) -> jax.Array:
+        def accumulated(old: PyTree, new: PyTree, active: jax.Array) -> PyTree:
             # A window starts from zeros rather than from what the one before it left.
-            return jnp.where(step == 0, 0, old) + jnp.where(active, new, 0)
+            leaves = [
+                jnp.where(step == 0, 0, a) + jnp.where(active, b, 0)
+                for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+            ]
+            return jax.tree.unflatten(jax.tree.structure(old), leaves)
 
-        new_sq_norms = _inner_products.squared_norms(stack, grouping)
-        if past is None:
-            gradients = _inner_products.validation_gradient(stack, 1)
-        else:
-            gradients = _inner_products.finite_sum(stack, new_sq_norms, grouping)
-        validation = jax.tree.map(
-            lambda v, g: accumulated(v, g, is_validation | rule.from_past),
-            state.validation,
-            gradients,
-        )
-        against = validation if past is None else past.average
-        new_dots = _inner_products.dots_with(stack, against, grouping)
+        gradient = _tree.validation_gradient(stack, 1)
+        validation = accumulated(state.validation, gradient, is_validation)
+        new_dots = _tree.dots_with(stack, validation, grouping)
+        new_sq_norms = _tree.squared_norms(stack, grouping)
         dots = jax.lax.dynamic_update_slice_in_dim(state.dots, new_dots, step, axis=1)
         sq_norms = jax.lax.dynamic_update_slice_in_dim(state.sq_norms, new_sq_norms, step, axis=1)
-        omega = _rule.diagonal_weights(new_dots, new_sq_norms, rule, has_past)
-        total = jax.tree.map(
-            lambda t, part: accumulated(t, part, ~is_validation),
-            state.total,
-            _inner_products.weighted_sum(stack, omega, grouping),
-        )
+        omega = _rule.diagonal_weights(new_dots, new_sq_norms, rule)
+        weighted = _tree.weighted_sum(stack, omega, grouping)
+        total = accumulated(state.total, weighted, ~is_validation)
 
-        def apply(_: None) -> tuple[PyTree, Any, jax.Array, _rule.Health, Any]:
-            validation_sq_norm = _inner_products.squared_norm(against, grouping)
-            products = _rule.Products(dots, sq_norms, validation_sq_norm)
-            weights = _rule.weigh(products, rule, has_past)
-            reweighted = _inner_products.scale_and_cast(total, weights.scale, grouping, updates)
+        def apply(_: None) -> tuple[PyTree, Any, jax.Array, _rule.Health]:
+            validation_sq_norm = _tree.squared_norm(validation, grouping)
+            weights = _rule.weigh(_rule.Products(dots, sq_norms, validation_sq_norm), rule)
+            reweighted = jax.tree.unflatten(
+                jax.tree.structure(updates),
+                jax.tree.leaves(_tree.scale_and_cast(total, weights.scale, grouping, updates)),
+            )
             new_updates, inner_state = inner.update(
                 reweighted, state.inner_state, params, **extra_args
             )
             values = grouping.present(weights.values).astype(jnp.float32)
-            advanced = None
-            if past is not None:
-                advanced = _past.advance(past, validation, sq_norms, rule)
-            return new_updates, inner_state, values, weights.health, advanced
+            return new_updates, inner_state, values, weights.health
 
         shapes = jax.eval_shape(apply, None)[0]
 
-        def wait(_: None) -> tuple[PyTree, Any, jax.Array, _rule.Health, Any]:
+        def wait(_: None) -> tuple[PyTree, Any, jax.Array, _rule.Health]:
             health = _rule.Health(state.cosine, state.negative, state.effective, state.dropped)
-            nothing = jax.tree.map(_inner_products.zeros_of, shapes)
-            return nothing, state.inner_state, state.weights, health, past
+            nothing = jax.tree.map(_tree.zeros_of, shapes)
+            return nothing, state.inner_state, state.weights, health
 
         is_last = step == every_k - 1
-        new_updates, inner_state, weights, health, past = jax.lax.cond(is_last, apply, wait, None)
+        new_updates, inner_state, weights, health = jax.lax.cond(is_last, apply, wait, None)
         return new_updates, BilevelMultiStepsState(
             mini_step=jnp.where(is_last, 0, step + 1),
             gradient_step=jnp.where(
@@ -205,7 +187,6 @@ def bilevel_multi_steps(
             dots=dots,
             sq_norms=sq_norms,
             weights=weights,
-            past=past,
             **health._asdict(),
         )
 

@@ -3,15 +3,15 @@
 Jenni & Favaro, *Deep Bilevel Learning*, ECCV 2018, eqs. (8), (10) and (11).
 """
 
-import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from optax_bilevel import _inner_products, _past, _rule
-from optax_bilevel._inner_products import Groups, PyTree
+from optax_bilevel import _mesh, _rule, _tree, _validate
+from optax_bilevel._tree import Groups, PyTree
 
 
 class BilevelReweightState(NamedTuple):
@@ -28,7 +28,6 @@ class BilevelReweightState(NamedTuple):
         dropped: number of the k mini-batches left out of this step for a NaN or an Inf, int32 [].
         weights: ω̂, float32 [k] (validation slots 0), or [groups, k]; None unless `num_batches`
             was given.
-        past: the average that validates, with ``validation="past"``; None otherwise.
     """
 
     count: Any  # jax.Array; the name hides tuple.count, as in every optax state
@@ -37,21 +36,17 @@ class BilevelReweightState(NamedTuple):
     effective: jax.Array
     dropped: jax.Array
     weights: jax.Array | None
-    past: _past.Past | None = None
 
 
 def bilevel_reweight(
-    lam: Any = 1.0,
-    mu: Any = 0.01,
+    lam: ArrayLike = 1.0,
+    mu: ArrayLike = 0.01,
     *,
     num_validation: int = 1,
-    solver: str = "diagonal",
+    solver: Literal["diagonal", "exact"] = "diagonal",
     normalize: bool = True,
     nonnegative: bool = False,
     groups: Groups = None,
-    validation: str = "batch",
-    decay: Any = None,
-    guard: str | None = None,
     num_batches: int | None = None,
     allow_masked: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -65,22 +60,17 @@ def bilevel_reweight(
         \text{update} = \sum_{i\in T}\hat\omega_i\, g_i.
 
     Weights may be negative; the validation gradient itself is not part of the update. All k
-    mini-batches should have the same distribution of labels (section 3, remark 1).
+    mini-batches should have the same labels (section 3, remark 1): `stratified_batches`.
 
-    With ``validation="past"``, which is not the paper's rule, all k mini-batches are training ones,
-    and :math:`\sum_{j\in V} g_j` is replaced by an average of earlier steps' mean gradients
-    :math:`m_s = \frac1k\sum_i g_i` (of those, not of the updates), bias-corrected:
-
-    .. math:: g_v = \frac{\sum_{s<t} d^{\,t-1-s}\, m_s}{\sum_{s<t} d^{\,t-1-s}}.
-
-    The first step has no past; its update is the plain mean, ω̂ = 1/k.
-
-    It belongs **first** in a chain: what follows sees an ordinary gradient. Weight decay, clipping,
-    masks, `optax.MultiSteps` and `optax.apply_if_finite` go after it.
+    It belongs **first** in a chain: what follows sees an ordinary gradient. Weight decay, clipping
+    and masks go after it. `optax.MultiSteps` and `optax.apply_if_finite`, which pass updates of the
+    gradients' own shape, go after it, or around a chain that begins with what stacks and then
+    reweights.
 
     Args:
         lam: λ̂ > 0. With `normalize`, only the product λ̂μ̂ matters.
-        mu: μ̂ > 0; larger values spread the weights. Both may be traced or, through
+        mu: μ̂ > 0; larger values spread the weights. Where the loss is scaled by S, as for
+            float16, multiply it by S². Both may be traced or, through
             ``optax.inject_hyperparams(bilevel_reweight)(mu=schedule)``, scheduled.
         num_validation: how many leading slots form V.
         solver: "diagonal" for eq. (10), "exact" for eq. (8),
@@ -92,13 +82,6 @@ def bilevel_reweight(
         groups: None, one ω for the whole tree; "leaf", one per leaf; or a pytree of labels like
             the gradients (or a prefix, or a callable that makes one, as in `optax.partition`), one
             ω per label: the paper's weights per layer (ablation b).
-        validation: "batch", the paper's rule: the first `num_validation` mini-batches validate; or
-            "past": the steps before do. The state then carries one buffer like the parameters,
-            float32 or wider.
-        decay: d in [0, 1), with "past" alone; 0.9 where it is None. May be traced or scheduled.
-        guard: with "past" alone, what happens where Σω < 0 (in a group, with `groups`), where the
-            mini-batches as a whole point against the past: "zero", a zero update, so that the step
-            only moves the average; or "none". "zero" where it is None.
         num_batches: k, if the state is to carry the weights. `init` cannot see k, hence static.
         allow_masked: let `optax.MaskedNode` leaves pass, for use inside an `optax.partition` whose
             other labels reduce their own stacked leaves.
@@ -122,8 +105,6 @@ def bilevel_reweight(
     bfloat16, float16                               products and sums in float32
     complex                                         real part of the inner product
     None leaves, empty trees                        passed through
-    ``validation="past"``: the first step           the mean of the finite mini-batches
-    ``validation="past"``: NaN or Inf               in neither the update nor the average
     ==============================================  ==============================================
 
     Example:
@@ -141,38 +122,33 @@ def bilevel_reweight(
         >>> updates["w"].shape
         (3,)
     """
-    rule = _rule.Rule(
-        lam, mu, num_validation, solver, normalize, nonnegative, validation, decay, guard
+    rule = _validate.rule(
+        lam,
+        mu,
+        num_validation,
+        groups,
+        solver=solver,
+        normalize=normalize,
+        nonnegative=nonnegative,
     )
-    _inner_products.check_groups(groups)
 
     def init_fn(params: PyTree) -> Any:
-        _inner_products.check_masked(params, allow_masked)
+        if not allow_masked:
+            _validate.no_masked(params)
         weights = None
         if num_batches is not None:
-            k = _inner_products.static_int(num_batches)
-            if k is None:
-                raise ValueError(
-                    "num_batches is traced; under optax.inject_hyperparams inside jit pass "
-                    'static_args="num_batches"'
-                )
-            if groups is not None and params is None:
-                raise ValueError(
-                    "init(None) cannot know how many groups there are: with groups and "
-                    "num_batches pass the parameters"
-                )
-            grouping = _inner_products.resolve_groups(params, groups)
+            k = _validate.num_batches(num_batches, groups, params)
+            grouping = _tree.resolve_groups(params, groups)
             weights = grouping.present(jnp.zeros((grouping.num_groups, k), jnp.float32))
-        if rule.from_past and params is None:
-            raise ValueError(
-                'init(None) cannot know the shapes of the past: with validation="past" pass the '
-                "parameters"
-            )
-        zero = jnp.zeros((), jnp.float32)
-        count = jnp.zeros((), jnp.int32)
-        state = BilevelReweightState(count, zero, zero, zero, count, weights)
-        state = jax.tree.map(lambda x: _inner_products.replicate_like(x, params), state)
-        return state._replace(past=_past.init_past(params)) if rule.from_past else state
+        state = BilevelReweightState(
+            count=jnp.zeros((), jnp.int32),
+            cosine=jnp.zeros((), jnp.float32),
+            negative=jnp.zeros((), jnp.float32),
+            effective=jnp.zeros((), jnp.float32),
+            dropped=jnp.zeros((), jnp.int32),
+            weights=weights,
+        )
+        return jax.tree.map(lambda x: _mesh.replicate_like(x, params), state)
 
     def update_fn(
         updates: PyTree,
@@ -181,49 +157,34 @@ def bilevel_reweight(
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         del extra_args
-        _check_position()
-        past = state.past
-        k = _inner_products.check_stack(
+        _validate.stack(
             updates,
-            past.average if params is None and past is not None else params,
-            rule.held_out,
+            params,
+            rule.num_validation,
             num_batches=num_batches,
             allow_masked=allow_masked,
         )
         count = optax.safe_increment(state.count)
         if not jax.tree.leaves(updates):
             return updates, state._replace(count=count)
-        grouping = _inner_products.resolve_groups(updates, groups)
-        products = _inner_products.stack_products(
-            updates,
-            grouping,
-            rule.held_out,
-            with_gram=solver == "exact",
-            past=None if past is None else past.average,
-        )
-        weights = _rule.weigh(products, rule, _past.has_past(past))
-        total = _inner_products.weighted_sum(
-            updates, weights.values, grouping, held_out=rule.held_out
-        )
+        grouping, weights = _weigh(updates, rule, groups)
+        total = _tree.weighted_sum(updates, weights.values, grouping, held_out=rule.num_validation)
         new_updates = jax.tree.map(lambda x, g: x.astype(g.dtype), total, updates)
         carried = None
         if num_batches is not None:
-            assert weights.values.shape[-1] == k
             carried = grouping.present(weights.values).astype(jnp.float32)
-        if past is not None:
-            past = _past.advance_by_stack(past, updates, products.sq_norms, grouping, rule)
-        return new_updates, BilevelReweightState(count, *weights.health, weights=carried, past=past)
+        return new_updates, BilevelReweightState(count, *weights.health, weights=carried)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def bilevel_weights(
     grads: PyTree,
-    lam: Any = 1.0,
-    mu: Any = 0.01,
+    lam: ArrayLike = 1.0,
+    mu: ArrayLike = 0.01,
     *,
     num_validation: int = 1,
-    solver: str = "diagonal",
+    solver: Literal["diagonal", "exact"] = "diagonal",
     normalize: bool = True,
     nonnegative: bool = False,
     groups: Groups = None,
@@ -247,33 +208,25 @@ def bilevel_weights(
         >>> optax_bilevel.bilevel_weights(grads)
         Array([ 0. ,  0.5, -0.5,  0. ], dtype=float32)
     """
-    rule = _rule.Rule(lam, mu, num_validation, solver, normalize, nonnegative)
-    _inner_products.check_groups(groups)
+    rule = _validate.rule(
+        lam,
+        mu,
+        num_validation,
+        groups,
+        solver=solver,
+        normalize=normalize,
+        nonnegative=nonnegative,
+    )
     if not jax.tree.leaves(grads):
         raise ValueError("bilevel_weights needs at least one gradient leaf, got an empty tree")
-    _inner_products.check_stack(grads, None, num_validation)
-    grouping = _inner_products.resolve_groups(grads, groups)
-    products = _inner_products.stack_products(
-        grads, grouping, num_validation, with_gram=solver == "exact"
+    _validate.stack(grads, None, num_validation)
+    grouping, weights = _weigh(grads, rule, groups)
+    return grouping.present(weights.values)
+
+
+def _weigh(grads: PyTree, rule: _rule.Rule, groups: Groups) -> tuple[_tree.Grouping, _rule.Weights]:
+    grouping = _tree.resolve_groups(grads, groups)
+    products = _tree.stack_products(
+        grads, grouping, rule.num_validation, with_gram=rule.solver == "exact"
     )
-    return grouping.present(_rule.weigh(products, rule).values)
-
-
-# optax wrappers that choose between the update and zeros of the *incoming* gradients' shape: with
-# stacked gradients their two branches disagree, and JAX's error says nothing of the cause.
-_WRAPPERS = {"apply_if_finite", "conditionally_transform", "conditionally_mask", "MultiSteps"}
-
-
-def _check_position() -> None:
-    """Raises ValueError inside an optax wrapper that cannot take stacked gradients."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        wrapper = frame.f_code.co_qualname.partition(".")[0]
-        if wrapper in _WRAPPERS and frame.f_globals.get("__name__", "").startswith("optax."):
-            raise ValueError(
-                f"optax.{wrapper} passes updates of the gradients' own shape and cannot wrap "
-                "bilevel_reweight, whose updates lose the leading axis. The reweighting belongs "
-                f"first in the chain, {wrapper} after it: "
-                f"optax.chain(bilevel_reweight(...), optax.{wrapper}(...))"
-            )
-        frame = frame.f_back
+    return grouping, _rule.weigh(products, rule)
