@@ -67,12 +67,80 @@ def coherent_steps(
             grads, state, params, losses_fn=lambda p: losses(p, held_out)
         )
 
-    With v the average of what the optimizer has proposed in the steps before, example e of the
-    held-out ones would gain :math:`d_e = -\langle\nabla\ell_e, v\rangle`, and all of them agree by
+    The optimizer proposes a step :math:`u_t`, and a part of it is taken,
+    :math:`\theta_{t+1} = \theta_t + f_t u_t`. With the average of the proposals before,
+    :math:`v_t = 0.97\,v_{t-1} + 0.03\,u_{t-1}`, held-out example e would gain
+    :math:`d_e = -\langle\nabla\ell_e(\theta_t), v_t\rangle`, and all n agree by
 
-    .. math:: s = \frac{\sum_e d_e}{\sum_e |d_e|} \in [-1, 1].
+    .. math:: s_t = \frac{\sum_e d_e}{\sum_e |d_e|} \in [-1, 1].
 
-    DOC
+    Where its average :math:`\bar s_t` is above zero by more than half of its own standard deviation
+    :math:`\sigma_t`, the steps grow, up to whole ones; where it is not, they shrink:
+
+    .. math:: f_t = \min\!\Big(1,\ f_{t-1}\,
+        \exp\frac{2\,\mathrm{clip}(\bar s_t/\sigma_t - \frac12,\, -1,\, 1)}{H}\Big).
+
+    The averages are over about the last H steps, 2% of `total_steps`. Wrong labels agree on nothing
+    that held-out examples would gain from, so that steps end before they are memorised.
+
+    Args:
+        opt: the optimizer, whole: with learning rate, momentum, weight decay.
+        total_steps: how long the training is, in updates; may be traced. None: H is 50 steps.
+        axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) over which the
+            held-out examples are spread; three scalars are added up over it. Gradients must be
+            averaged before, as always. Under `jit` nothing is needed.
+
+    Returns:
+        A transformation whose `update` takes the gradient of an ordinary batch and, by keyword, one
+        of
+
+        - ``losses_fn``: ``losses_fn(params) -> [n]``, the losses of n examples that are not trained
+          on, under their given labels, right or wrong; other examples every step. 16 of a tenth
+          that is kept back do. It needs a forward-mode derivative (no `jax.custom_vjp`). With batch
+          norm run it in training mode and drop the new running averages.
+        - ``alignment``: :math:`\langle\nabla\ell_e, v\rangle`, [n], by ``example_alignment(...,
+          state.direction)``, for those who want the logits of the same pass.
+
+        Other keywords reach `opt`. Updates have the dtypes that `opt` gives. Beside the state of
+        `opt` there is one buffer like the parameters, float32 or wider. See `CoherentStepsState`.
+
+    Raises:
+        ValueError: at construction for `total_steps` that is not positive; in `init` for a leaf
+            that is no floating-point array; at trace time without held-out examples, for losses
+            that are one scalar, and for a gradient that is not like the parameters.
+
+    ==============================================  ==============================================
+    input                                           result
+    ==============================================  ==============================================
+    NaN or Inf in a held-out example                left out; counted in ``excluded``
+    none finite, n = 0, or a direction of zeros     the step size stays as it was
+    losses [n, tokens]                              every entry counts as an example
+    NaN or Inf in a proposed update                 passed on as it is; not in the direction
+    Python floats as parameters                     taken for arrays
+    integer, key, bool or function leaves           an error in ``init`` that names the leaf
+    bfloat16, float16                               sums and direction in float32
+    the same leaves in another container            compared leaf by leaf
+    ==============================================  ==============================================
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, optax_bilevel
+        >>> def losses(w, batch):
+        ...     x, y = batch
+        ...     return (x @ w - y) ** 2
+        >>> x = jax.random.normal(jax.random.key(0), (80, 3))
+        >>> y = x @ jnp.array([1.0, 2.0, 3.0])
+        >>> batch, held_out = (x[:64], y[:64]), (x[64:], y[64:])
+        >>> tx = optax_bilevel.coherent_steps(optax.adam(0.1), total_steps=100)
+        >>> params = jnp.zeros(3)
+        >>> state = tx.init(params)
+        >>> for _ in range(3):
+        ...     grads = jax.grad(lambda w: losses(w, batch).mean())(params)
+        ...     updates, state = tx.update(
+        ...         grads, state, params, losses_fn=lambda w: losses(w, held_out)
+        ...     )
+        ...     params = optax.apply_updates(params, updates)
+        >>> float(state.step_size)
+        1.0
     """
     if total_steps is not None:
         _validate.positive("total_steps", total_steps)
@@ -136,7 +204,6 @@ def _agreement(alignment: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Σ d_e and Σ |d_e|, float32 [], over the finite ones, and how many were not, int32 []."""
     gains = -jnp.asarray(alignment)
     usable = jnp.isfinite(gains)
-    # By the largest: a sum of very small ones, or of very large ones, is still a number.
     gains = jnp.where(usable, gains, 0)
     return (
         jnp.sum(gains).astype(jnp.float32),
