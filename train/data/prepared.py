@@ -121,11 +121,13 @@ def load(name: str, data_dir: pathlib.Path | None, image_size: int | None = None
     feature = builder.info.features[recipe.label]
     multi_label = recipe.label == "labels"
     classes = feature.feature if multi_label else feature
-    channels = builder.info.features["image"].shape[2]
+    shape = tuple(builder.info.features["image"].shape)
     size = image_size or recipe.image_size
+    if size is not None:
+        shape = (size, size, shape[2])
 
     def split(tfds_split: str) -> Split:
-        source = Records(directory, tfds_split, channels, size, recipe.fit)
+        source = Records(directory, tfds_split, shape, recipe.fit)
         length = len(source)
         labels = _kept(
             directory / f"{tfds_split}-{recipe.label}.npy",
@@ -149,7 +151,8 @@ def load(name: str, data_dir: pathlib.Path | None, image_size: int | None = None
         validation=split(recipe.validation) if recipe.validation else None,
         num_classes=classes.num_classes,
         class_names=tuple(classes.names),
-        image_shape=(size, size, channels) if size else builder.info.features["image"].shape,
+        image_shape=shape,
+        fit=recipe.fit,
         multi_label=multi_label,
     )
 
@@ -222,15 +225,13 @@ class Records:
     Attributes:
         directory: The folder of the prepared files.
         split: The TFDS split.
-        channels: Of the decoded images.
-        image_size: The side of the decoded images, or None to take them as they are.
-        fit: How images become square.
+        shape: ``(h, w, c)`` of the decoded images.
+        fit: How they get it.
     """
 
     directory: pathlib.Path
     split: str
-    channels: int
-    image_size: int | None
+    shape: tuple[int, int, int]
     fit: images.Fit
 
     @functools.cached_property
@@ -252,7 +253,7 @@ class Records:
 
     def _decode(self, index: int, record: dict) -> np.ndarray:
         try:
-            return images.decode(record["image"], self.channels, self.image_size, self.fit)
+            return images.decode(record["image"], self.shape, self.fit)
         except ValueError as error:
             raise ValueError(
                 f"image {index} of {self.split} in {self.directory}: {error}"

@@ -3,9 +3,12 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
+from train.data.account import Account
+from train.data.images import Fit, Ranges
 
 
 class DataNotFoundError(FileNotFoundError):
@@ -85,14 +88,23 @@ class Dataset:
     Attributes:
         name: As given to `load`.
         train: The training split.
-        test: The test split, with true labels.
+        test: The test split, with true labels; empty where there is none.
         num_classes: The number of classes.
         class_names: Their names, in the order of the class numbers.
         image_shape: ``(h, w, c)`` of every image.
         max_value: The largest possible pixel value, 255 but for digits (16).
         multi_label: Whether an image may have several labels.
         validation: A further split with clean labels, where the publisher has one.
-        train_files: The file of each image of the whole training split, as far as there are such.
+        train_files: The file of each training image below the folder, with ``/`` and in the order
+            of their names; None where the images are not files.
+        test_files: Likewise of each test image.
+        train_numbers: ``int [n]``, the number of each training image in the data set as published,
+            where a list of labels left some of them out; None for all of them.
+        fit: How images of other sizes get `image_shape`.
+        ranges: The values that become black and white, by kind of image of more than 8 bits.
+        account: What became of every file; of data sets that are not folders, what became of the
+            examples where a list of labels was given, otherwise None.
+        fingerprint: What tells these data from others; see `train.data.fingerprint`.
     """
 
     name: str
@@ -105,6 +117,20 @@ class Dataset:
     multi_label: bool = False
     validation: Split | None = None
     train_files: tuple[str, ...] | None = None
+    test_files: tuple[str, ...] | None = None
+    train_numbers: np.ndarray | None = None
+    fit: Fit = "crop"
+    ranges: Ranges = dataclasses.field(default_factory=dict)
+    account: Account | None = None
+    fingerprint: dict[str, Any] | None = None
+
+    @property
+    def train_names(self) -> Sequence[str]:
+        """What each training example is called: its file, or its number in the data set."""
+        if self.train_files is not None:
+            return self.train_files
+        numbers = range(len(self.train)) if self.train_numbers is None else self.train_numbers
+        return [str(number) for number in numbers]
 
 
 @dataclasses.dataclass(frozen=True)
