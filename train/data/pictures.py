@@ -21,7 +21,7 @@ from train.data.images import Look, Ranges
 _IN_MEMORY_BYTES = 2 << 30
 _LARGEST_KEPT = 256
 _DEFAULT_SIDE = 64
-_AT_ONCE = 256
+_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,8 @@ def read(
             shape, ranges, notes = _choose([looks[file.name] for file in good], image_size)
             if (shape, ranges) == before:  # also without the files that turned out to be bad
                 break
+    for file in good:
+        file.converted += decoded.how[file.name]
     records = {file.name: decoded.records[file.name] for file in good}
     return Pictures(shape, ranges, notes, decoded.images(), records)
 
@@ -98,6 +100,7 @@ class _Decoded:
         self._files, self._shape, self._ranges = files, shape, ranges
         self._room: dict[str, np.ndarray] = {}
         self._row: dict[str, int] = {}
+        self.how: dict[str, tuple[str, ...]] = {}
         self.records: dict[str, Record] = {}
         for part in ("train", "test"):
             of_part = [file for file in files if file.part == part]
@@ -109,11 +112,12 @@ class _Decoded:
         """Decodes a file; returns why that cannot be done, or None."""
         try:
             content = file.path.read_bytes()
-            image, file.converted = images.convert(content, self._shape, ranges=self._ranges)
+            image, how = images.convert(content, self._shape, ranges=self._ranges)
         except Exception as error:
             return images.reason(error)
         if file.part in self._room:
             self._room[file.part][self._row[file.name]] = image
+        self.how[file.name] = how
         self.records[file.name] = (file.part, file.label, len(content), digest(content))
         return None
 
