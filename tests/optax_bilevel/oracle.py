@@ -41,12 +41,9 @@ def reweight(
     solver="diagonal",
     normalize=True,
     nonnegative=False,
-    past=None,
-    guard="zero",
 ):
-    """Eq. (10), or eq. (8), group by group; `past`: leaves [*shape] that validate all k."""
+    """Eq. (10), or eq. (8), group by group."""
     leaves = [widen(x) for x in leaves]
-    num_validation = num_validation if past is None else 0
     k, num_groups = leaves[0].shape[0], max(groups) + 1
     weights = np.zeros((num_groups, k))
     weights_bound, update_bound = np.zeros(num_groups), np.zeros(num_groups)
@@ -57,11 +54,6 @@ def reweight(
         dots = np.zeros(len(train))
         reach = np.zeros(len(train))  # what rounding in `dots` is relative to: |g_j||g_i|
         norms = np.linalg.norm(g, axis=1)
-        if past is not None:
-            ids = [i for i, label in enumerate(groups) if label == group]
-            average = np.concatenate([widen(past[i]).reshape(-1) for i in ids])
-            dots += np.real(train.conj() @ average)
-            reach += np.linalg.norm(average) * norms
         for j in range(num_validation):
             dots += np.real(train.conj() @ g[j])
             reach += norms[j] * norms[num_validation:]
@@ -75,8 +67,6 @@ def reweight(
 
         if nonnegative:
             omega = np.maximum(omega, 0)
-        if past is not None and guard == "zero" and np.sum(omega) < 0:
-            omega = np.zeros_like(omega)
         total = np.sum(np.abs(omega)) if normalize else 1.0
         if total > 0:
             omega, error = omega / total, error / total
@@ -89,13 +79,6 @@ def reweight(
 
     update = [np.tensordot(weights[group], x, 1) for x, group in zip(leaves, groups, strict=True)]
     return Answer(weights, update, weights_bound, update_bound)
-
-
-def average_of(means, decay):
-    """Σ_s d^{n-s} m_s / Σ_s d^{n-s} over n mean gradients m_1 ... m_n, each a list of leaves."""
-    shares = decay ** np.arange(len(means) - 1, -1, -1.0)
-    shares = shares / np.sum(shares)
-    return [np.tensordot(shares, np.stack(leaf), 1) for leaf in zip(*means, strict=True)]
 
 
 def _solve(train, dots, reach, lam, mu):

@@ -31,24 +31,22 @@ def exact(params, batches):
 
 
 def streaming(params, batches, **options):
-    return optax_bilevel.bilevel_value_and_grad(loss, loop="scan", **options)(params, batches)[1]
+    return optax_bilevel.bilevel_value_and_grad(loss, **options)(params, batches)[1]
 
 
-def all_at_once(params, batches):
-    return streaming(params, batches, chunk_size=None)
-
-
-def past(params, batches):
-    past = optax_bilevel.init_past(params)
-    step = optax_bilevel.bilevel_value_and_grad(loss, validation="past", chunk_size=4)
-    return step(params, batches, past)[1]
+def one_by_one(params, batches):
+    return streaming(params, batches, microbatch_size=1)
 
 
 def coherent(params, batches):
-    tx = optax_bilevel.coherent_steps(optax.sgd(0.1))
-    step = optax_bilevel.coherent_value_and_grad(loss, chunk_size=None)
-    _, mean, coherence = step(params, batches, params)
-    return tx.update(mean, tx.init(params), params, coherence=coherence)[0]
+    tx = optax_bilevel.coherent_steps(optax.adamw(0.1), total_steps=100)
+    held_out, batch = (jax.tree.map(lambda x, i=i: x[i], batches) for i in (0, 1))
+    grads = jax.grad(loss)(params, batch)
+
+    def losses_fn(params):
+        return jax.vmap(lambda x, y: loss(params, {"x": x[None], "y": y[None]}))(*held_out.values())
+
+    return tx.update(grads, tx.init(params), params, losses_fn=losses_fn)[0]
 
 
 def multi_steps(params, batches):
@@ -71,7 +69,7 @@ def collective(params, batches):
 
 def spread(params, batches):
     """Two mini-batches on each of eight devices."""
-    step = optax_bilevel.bilevel_value_and_grad(loss, axis_name="batch", loop="scan")
+    step = optax_bilevel.bilevel_value_and_grad(loss, axis_name="batch", microbatch_size=1)
     validation = jax.tree.map(lambda x: x[:1], batches)
 
     def on_device(params, validation, own):
@@ -89,9 +87,7 @@ def lowered(function, k=8):
     return jax.export.export(function, platforms=("cuda",))(params, batches)
 
 
-@pytest.mark.parametrize(
-    "function", [stacked, exact, streaming, all_at_once, past, coherent, multi_steps]
-)
+@pytest.mark.parametrize("function", [stacked, exact, streaming, one_by_one, coherent, multi_steps])
 def test_lowers_for_cuda(function):
     exported = lowered(jax.jit(function))
     assert exported.platforms == ("cuda",)

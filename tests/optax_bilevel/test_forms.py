@@ -57,11 +57,18 @@ def weights_alone(params, batches, loss_fn=loss, **options):
     return treedef.unflatten(update), weights
 
 
-def stream(params, batches, loss_fn=loss, loop=None, chunk_size=1, **options):
-    step = optax_bilevel.bilevel_value_and_grad(
-        loss_fn, **options, loop=loop, chunk_size=chunk_size
-    )
-    return step(params, batches)[1:]
+def stream(params, batches, loss_fn=loss, **options):
+    return optax_bilevel.bilevel_value_and_grad(loss_fn, **options)(params, batches)[1:]
+
+
+def unrolled(params, batches, loss_fn=loss, **options):
+    """What the library chooses on CPU for a network with convolutions."""
+
+    def convolving(params, batch):
+        x = jax.lax.conv_general_dilated(batch["x"][:, None], jnp.ones((1, 1, 1)), (1,), "SAME")
+        return loss_fn(params, {**batch, "x": x[:, 0]})
+
+    return stream(params, batches, convolving, **options)
 
 
 def multi_steps(params, batches, loss_fn=loss, **options):
@@ -84,7 +91,7 @@ def collective(params, batches, loss_fn=loss, check_vma=True, **options):
         if check_vma:
             params = jax.lax.pcast(params, "batch", to="varying")
         grads = jax.grad(loss_fn)(params, jax.tree.map(lambda x: x[0], batch))
-        return optax_bilevel.bilevel_pmean(grads, "batch", **options, return_weights=True)
+        return optax_bilevel.bilevel_pmean_and_weights(grads, "batch", **options)
 
     specs = {"in_specs": (P(), P("batch")), "out_specs": P()}
     return jax.shard_map(per_device, mesh=mesh, **specs, check_vma=check_vma)(params, batches)
@@ -95,7 +102,7 @@ def mapped(params, batches, loss_fn=loss, transform=jax.vmap, **options):
 
     def per_device(params, batch):
         grads = jax.grad(loss_fn)(params, batch)
-        return optax_bilevel.bilevel_pmean(grads, "batch", **options, return_weights=True)
+        return optax_bilevel.bilevel_pmean_and_weights(grads, "batch", **options)
 
     mapping = transform(per_device, axis_name="batch", in_axes=(None, 0))
     if transform is jax.vmap:
@@ -109,19 +116,18 @@ def mapped(params, batches, loss_fn=loss, transform=jax.vmap, **options):
 FORMS = {
     "stacked": stacked,
     "weights": weights_alone,
-    "scan": functools.partial(stream, loop="scan"),
-    "unroll": functools.partial(stream, loop="unroll"),
-    "scan by 3": functools.partial(stream, loop="scan", chunk_size=3),
-    "unroll by 2": functools.partial(stream, loop="unroll", chunk_size=2),
-    "all at once": functools.partial(stream, chunk_size=8),
+    "one by one": functools.partial(stream, microbatch_size=1),
+    "three at a time": functools.partial(stream, microbatch_size=3),
+    "unrolled": unrolled,
+    "all at once": stream,
     "multi_steps": multi_steps,
     "shard_map": collective,
     "shard_map unchecked": functools.partial(collective, check_vma=False),
     "pmap": functools.partial(mapped, transform=jax.pmap),
     "vmap": mapped,
 }
-VARIANTS = ("unroll", "scan by 3", "all at once", "shard_map unchecked", "vmap")
-NO_GRAM = ("scan", "unroll by 2", "multi_steps", *VARIANTS[:3])
+VARIANTS = ("unrolled", "all at once", "shard_map unchecked", "vmap")
+NO_GRAM = ("one by one", "three at a time", "multi_steps", *VARIANTS[:2])
 UNJITTED = ("multi_steps", "pmap", "vmap")  # they compile by themselves and assert on values
 
 LABELS = {"gain": "one", "layer": {"bias": "two", "kernel": "one"}, "shift": "three"}
@@ -214,17 +220,10 @@ def test_multi_steps_over_several_windows():
 
 
 @pytest.mark.parametrize(
-    ("loop", "chunk_size", "num_validation"),
-    [
-        ("scan", 2, 1),
-        ("unroll", 1, 4),
-        slow("scan", 1, 1),
-        slow("scan", 3, 4),
-        slow("unroll", 4, 1),
-        slow(None, 7, 2),
-    ],
+    ("microbatch_size", "num_validation"),
+    [(2, 1), (1, 4), slow(1, 1), slow(3, 4), slow(4, 1), slow(7, 2), slow(None, 2)],
 )
-def test_values_aux_and_order_of_the_stream(loop, chunk_size, num_validation):
+def test_values_aux_and_order_of_the_stream(microbatch_size, num_validation):
     """Losses and aux come back in the mini-batches' order, of any structure and dtype."""
 
     def with_aux(params, batch):
@@ -238,7 +237,7 @@ def test_values_aux_and_order_of_the_stream(loop, chunk_size, num_validation):
         return jnp.mean(jnp.square(prediction - batch["y"])), aux
 
     params, batches = params_of(), batches_of(6)
-    options = {"num_validation": num_validation, "loop": loop, "chunk_size": chunk_size}
+    options = {"num_validation": num_validation, "microbatch_size": microbatch_size}
     step = optax_bilevel.bilevel_value_and_grad(with_aux, has_aux=True, **options)
     (losses, aux), grads, weights = jax.jit(step)(params, batches)
     expected, expected_aux = jax.vmap(with_aux, in_axes=(None, 0))(params, batches)
@@ -261,14 +260,14 @@ def test_aux_without_jit():
 
 
 @pytest.mark.parametrize(
-    ("make_key", "loop", "chunk_size"),
+    ("make_key", "form"),
     [
-        (jax.random.key, "scan", 2),
-        (jax.random.key, "unroll", 1),
-        (jax.random.PRNGKey, "scan", 1),
+        (jax.random.key, functools.partial(stream, microbatch_size=2)),
+        (jax.random.key, unrolled),
+        (jax.random.PRNGKey, functools.partial(stream, microbatch_size=1)),
     ],
 )
-def test_random_keys_are_part_of_the_batches(make_key, loop, chunk_size):
+def test_random_keys_are_part_of_the_batches(make_key, form):
     """Every mini-batch draws its own dropout mask, the same one in every form."""
     params = params_of()
     batches = {**batches_of(4), "key": jax.random.split(make_key(5), 4)}
@@ -278,25 +277,26 @@ def test_random_keys_are_part_of_the_batches(make_key, loop, chunk_size):
         return loss(params, {"x": jnp.where(mask, batch["x"], 0), "y": batch["y"]})
 
     expected = stacked(params, batches, noisy)
-    by_stream = functools.partial(stream, loss_fn=noisy, loop=loop, chunk_size=chunk_size)
-    assert_close(jax.jit(by_stream)(params, batches), expected)
+    assert_close(jax.jit(functools.partial(form, loss_fn=noisy))(params, batches), expected)
     swapped = {**batches, "key": batches["key"][::-1]}
     assert distance(stacked(params, swapped, noisy)[0], expected[0]) > 1e-2
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2])
-def test_keys_may_come_back_as_aux(chunk_size):
+@pytest.mark.parametrize("microbatch_size", [1, 2, None])
+def test_keys_may_come_back_as_aux(microbatch_size):
     def loss_fn(w, key):
         return jnp.sum(w * jax.random.normal(key, (2,))), jax.random.fold_in(key, 1)
 
     keys = jax.random.split(jax.random.key(0), 4)
-    step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True, chunk_size=chunk_size)
+    step = optax_bilevel.bilevel_value_and_grad(
+        loss_fn, has_aux=True, microbatch_size=microbatch_size
+    )
     (_, folded), _, _ = jax.jit(step)(jnp.ones(2), keys)
     expected = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
     np.testing.assert_array_equal(jax.random.key_data(folded), jax.random.key_data(expected))
 
 
-@pytest.mark.parametrize("form", ["scan", "unroll", "multi_steps", "shard_map", "pmap"])
+@pytest.mark.parametrize("form", ["one by one", "unrolled", "multi_steps", "shard_map", "pmap"])
 @pytest.mark.parametrize("option", [slow("defaults"), "per leaf"])
 def test_forms_agree_on_mixed_dtypes(form, option):
     params, batches = params_of(), batches_of(K)
@@ -329,7 +329,7 @@ def test_stacks_of_any_make(how):
         assert len(jax.tree.leaves(grads)[0].sharding.device_set) == K
     tx = optax_bilevel.bilevel_reweight()
     update, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-    assert_close(update, result("scan", "defaults")[0])
+    assert_close(update, result("one by one", "defaults")[0])
 
 
 # --------------------------------------------------------------- the collective form on many axes
@@ -357,8 +357,8 @@ def test_second_axis(shape, axis, example_axis, check_vma):
         if check_vma:
             params = jax.lax.pcast(params, names, to="varying")
         grads = jax.grad(loss)(params, jax.tree.map(lambda x: x[0], batch))
-        return optax_bilevel.bilevel_pmean(
-            grads, axis, mu=0.1, example_axis=example_axis, return_weights=True
+        return optax_bilevel.bilevel_pmean_and_weights(
+            grads, axis, mu=0.1, example_axis=example_axis
         )
 
     specs = {"in_specs": (P(), P(axis, example_axis)), "out_specs": P(), "check_vma": check_vma}
@@ -377,7 +377,7 @@ def test_streaming_on_every_device():
         return jax.lax.pmean(loss(params, batch), "examples")
 
     def per_device(params, batches):
-        return stream(params, batches, mean_loss, loop="scan")
+        return stream(params, batches, mean_loss, microbatch_size=1)
 
     specs = {"in_specs": (P(), P(None, "examples")), "out_specs": P()}
     actual = jax.jit(jax.shard_map(per_device, mesh=mesh, **specs))(params, batches)

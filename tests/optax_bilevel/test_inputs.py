@@ -81,7 +81,7 @@ def collective(grads, **options):
 
     def per_device(grads):
         grads = jax.tree.map(lambda x: x[0], grads)
-        return optax_bilevel.bilevel_pmean(grads, "batch", **options, return_weights=True)
+        return optax_bilevel.bilevel_pmean_and_weights(grads, "batch", **options)
 
     specs = {"in_specs": P("batch"), "out_specs": P()}
     update, weights = jax.shard_map(per_device, mesh=mesh_of(k), **specs)(grads)

@@ -135,11 +135,8 @@ def test_multi_steps(axis_type, layout, option):
 
 
 @meshes
-@pytest.mark.parametrize(
-    ("loop", "chunk_size"),
-    [("scan", 3), ("unroll", 1), pytest.param("unroll", 2, marks=pytest.mark.slow)],
-)
-def test_streaming(axis_type, loop, chunk_size):
+@pytest.mark.parametrize("microbatch_size", [3, None, pytest.param(1, marks=pytest.mark.slow)])
+def test_streaming(axis_type, microbatch_size):
     """Examples over one axis, features of the parameters over the other."""
     mesh = mesh_of(axis_type)
     explicit = axis_type == AxisType.Explicit
@@ -150,9 +147,9 @@ def test_streaming(axis_type, loop, chunk_size):
         hidden = jnp.einsum("bi,io->bo", x, params["kernel"], out_sharding=out)
         return params["gain"] * jnp.mean(jnp.square(jnp.tanh(hidden + params["bias"][None])))
 
-    step = optax_bilevel.bilevel_value_and_grad(loss, loop=loop, chunk_size=chunk_size)
+    step = optax_bilevel.bilevel_value_and_grad(loss, microbatch_size=microbatch_size)
     plain = functools.partial(loss, sharded=False)
-    single = jax.jit(optax_bilevel.bilevel_value_and_grad(plain, loop="scan"))(params(), x)
+    single = jax.jit(optax_bilevel.bilevel_value_and_grad(plain, microbatch_size=1))(params(), x)
     single = jax.tree.map(np.asarray, single)
     specs = {"kernel": P(None, "x"), "bias": P("x"), "gain": P()}
     with jax.set_mesh(mesh):

@@ -72,23 +72,23 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("m", "option", "loop", "chunk_size", "check_vma"),
+    ("m", "option", "microbatch_size", "check_vma"),
     [
-        (1, "three validation", "unroll", 1, True),
-        (3, "per leaf", "scan", 2, True),
-        slow(2, "defaults", "scan", 1, True),
-        slow(4, "three validation", "scan", 1, False),
-        slow(2, "unnormalised", "unroll", 2, True),
-        slow(2, "per leaf", None, 3, True),
-        slow(1, "defaults", None, 1, True),
+        (1, "three validation", None, True),
+        (3, "per leaf", 2, True),
+        slow(2, "defaults", 1, True),
+        slow(4, "three validation", 1, False),
+        slow(2, "unnormalised", 2, True),
+        slow(2, "per leaf", 3, True),
+        slow(1, "defaults", 1, True),
     ],
 )
-def test_equals_one_device(m, option, loop, chunk_size, check_vma):
+def test_equals_one_device(m, option, microbatch_size, check_vma):
     """Losses, aux, gradients and weights of the stream on one device; the stack's too."""
     params, batches = params_of(), batches_of(m * DEVICES)
     options = {**OPTIONS[option], "mu": 0.1}
-    form = {"loop": loop, "chunk_size": chunk_size}
-    actual = spread(params, batches, check_vma=check_vma, **form, **options)
+    form = {"microbatch_size": microbatch_size, "check_vma": check_vma}
+    actual = spread(params, batches, **form, **options)
     assert_close(actual, alone(params, batches, **options))
     for part, expected in zip(actual[1:], stacked(params, batches, **options), strict=True):
         assert distance(part, expected) <= 1e-6
