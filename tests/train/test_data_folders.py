@@ -654,7 +654,7 @@ def test_the_account_as_a_table_and_as_json(tmp_path):
     assert "skipped, cannot be read: cat/empty.png: empty" in text
     assert "test part: none" in text
     kept = json.loads(json.dumps(loaded.account.to_json()))
-    assert data.Account.from_json(kept) == loaded.account
+    assert account.Account.from_json(kept) == loaded.account
 
 
 def test_a_table_of_many_classes(tmp_path):

@@ -10,13 +10,11 @@ from collections.abc import Callable
 
 from train.data import digits, fingerprint, folders, idx, prepared
 from train.data import labels as label_lists
-from train.data.account import Account
 from train.data.stream import batches, in_order
 from train.data.types import DataNotFoundError, Dataset, ImageSource, Split, concatenate
 
 __all__ = [
     "NAMES",
-    "Account",
     "DataNotFoundError",
     "Dataset",
     "ImageSource",
