@@ -9,7 +9,8 @@ import jax
 
 from benchmarks.timing import turns
 from train import demo, trainer
-from train.program import Program, RawBatch, State
+from train.program import Program
+from train.state import RawBatch, State
 
 
 def overhead(epochs: int = 20, rounds: int = 7) -> dict[str, float]:
@@ -27,10 +28,9 @@ def overhead(epochs: int = 20, rounds: int = 7) -> dict[str, float]:
     program = trainer.build_program(config, problem)
     steps = epochs * problem.order.steps_per_epoch
     key = jax.random.key(0)
-    train = problem.dataset.train
-    on_host = [
-        RawBatch(train.read(i), train.labels[i], problem.true[i], i) for i in problem.order.epoch(0)
-    ]
+    train, true = problem.dataset.train, problem.true
+    assert true is not None
+    on_host = [RawBatch(train.read(i), train.labels[i], true[i], i) for i in problem.order.epoch(0)]
     on_device = jax.device_put(on_host)
     nothing = dataclasses.replace(program, step=lambda state, raw, key: state)
 

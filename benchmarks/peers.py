@@ -34,21 +34,16 @@ def measure(rounds: int = 9) -> dict[str, dict[str, float]]:
         float32.
     """
     case = steps.CASES["mlp_8x8"]
-    loss_fn, arguments = steps.problem(case)
-    ours = {
-        name: candidate
-        for name, candidate in steps.candidates(loss_fn).items()
-        if name in ("big_batch", "accumulate", "streaming", "stacked")
-    }
-    timings = steps.compare_steps(ours, *arguments, rounds)
-    base = timings["big_batch"].seconds
+    problem = steps.problem(case)
+    timings = steps.compare_steps(steps.candidates(problem), problem, rounds)
+    base = timings["plain"].seconds
     versus = {f"jax {name}": timing.seconds / base for name, timing in timings.items()}
     seconds = _time(_torch_steps(case), rounds)
-    versus |= {f"torch {name}": value / seconds["big_batch"] for name, value in seconds.items()}
+    versus |= {f"torch {name}": value / seconds["plain"] for name, value in seconds.items()}
 
-    size = sum(x.size for x in jax.tree.leaves(arguments[0]))
+    size = sum(x.size for x in jax.tree.leaves(problem.params))
     stack = jax.random.normal(jax.random.key(0), (case.k, size))
-    rules = {f"optax_bilevel {solver}": rule(solver) for solver in ("diagonal", "exact")}
+    rules = {"optax_bilevel diagonal": rule(), "optax_bilevel exact": rule("exact")}
     aggregators = {name: t.seconds for name, t in compare(rules, (stack,), rounds).items()}
     return {
         "steps_vs_sgd": versus,
@@ -93,7 +88,7 @@ def _torch_steps(case: steps.Case) -> dict[str, Callable[[], Any]]:
             param.grad = grad
         optimizer.step()
 
-    def big_batch() -> None:
+    def plain() -> None:
         loss = torch.nn.functional.cross_entropy(model(images.flatten(0, 1)), labels.flatten())
         finish(torch.autograd.grad(loss, params))
 
@@ -130,7 +125,7 @@ def _torch_steps(case: steps.Case) -> dict[str, Callable[[], Any]]:
         return step
 
     return {
-        "big_batch": big_batch,
+        "plain": plain,
         "accumulate": accumulate,
         "bilevel by hand": bilevel_by_hand,
         **{f"torchjd {name}": torchjd(name) for name in AGGREGATORS},

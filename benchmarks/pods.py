@@ -24,14 +24,18 @@ from jax.experimental import topologies
 from benchmarks import traffic
 from train import mesh
 from train.config import Config
-from train.program import RawBatch, build
+from train.program import build
+from train.state import Examples, RawBatch
 
 IMAGES = 1_281_167  # of ImageNet's training split
 IMAGES_PER_CHIP = 32
 
 
 class Pod(NamedTuple):
-    """A TPU v5e topology, how many mini-batches a step has there, and the training method."""
+    """A TPU v5e topology, the mini-batches of a step there, and the training method.
+
+    `sgd` and `coherent` take them as one batch.
+    """
 
     topology: str
     k: int
@@ -39,7 +43,7 @@ class Pod(NamedTuple):
 
 
 PODS = {f"v5e_{topology}_k{k}": Pod(topology, k) for topology in ("4x4", "16x16") for k in (8, 32)}
-PODS["v5e_4x4_k16_coherent"] = Pod("4x4", 16, "coherent")
+PODS["v5e_4x4_coherent"] = Pod("4x4", 16, "coherent")
 
 
 def available() -> bool:
@@ -144,7 +148,7 @@ def compile_step(topology: str, k: int, method: str) -> dict[str, Any]:
         multi_label=False,
         steps_per_epoch=IMAGES // (k * b),
         layout=layout,
-        num_examples=IMAGES,
+        num_train=IMAGES,
     )
     key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=layout.replicated)
     state = jax.tree.map(
@@ -159,6 +163,10 @@ def compile_step(topology: str, k: int, method: str) -> dict[str, Any]:
             lambda x: x.update(shape=(*first, *x.shape[2:]), sharding=layout.replicated), batch
         )
         batch = batch._replace(copies=copies)
+    if program.judges:
+        held_out = labels.update(shape=(program.judges,), sharding=layout.replicated)
+        pictures = held_out.update(shape=(program.judges, 256, 256, 3), dtype=jnp.uint8)
+        batch = batch._replace(judges=Examples(pictures, held_out))
     started = time.perf_counter()
     compiled = program.step.lower(state, batch, key).compile()
     seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""A whole training step, against accumulating the same k gradients and against one big batch."""
+"""A whole training step in every form, beside the plain optimizer's on the same examples."""
 
 import math
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import optax_bilevel
 from benchmarks.timing import Timing, compare, temporary_bytes
 
 PyTree = Any
+HELD_OUT = 16  # examples that judge a coherent step
 
 
 class Case(NamedTuple):
@@ -35,33 +36,56 @@ CASES = {  # steps of milliseconds vary most
 }
 
 
-def problem(case: Case) -> tuple[Callable[..., Any], tuple[PyTree, PyTree]]:
-    """The loss ``(params, batch) -> (loss, batch statistics)`` and (params, batches)."""
+class Problem(NamedTuple):
+    """What a step is given.
+
+    Attributes:
+        losses: ``(params, batch) -> (losses [b], batch statistics)`` of a network in training mode.
+        params: its parameters.
+        batches: k mini-batches of b examples, leaves [k, b, ...], and a random key of each.
+        held_out: `HELD_OUT` more examples, with a random key.
+    """
+
+    losses: Callable[..., Any]
+    params: PyTree
+    batches: PyTree
+    held_out: PyTree
+
+    def mean_loss(self, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
+        """The loss of a mini-batch, and its batch statistics."""
+        losses, stats = self.losses(params, batch)
+        return losses.mean(), stats
+
+
+def problem(case: Case) -> Problem:
+    """Random images, for speed does not depend on what they show."""
     model = models.create(
         case.network, num_classes=10, input_shape=case.input_shape, rngs=nnx.Rngs(0)
     )
     graph, params, stats = nnx.split(model, nnx.Param, ...)
 
-    def loss_fn(params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
+    def losses(params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
         network = nnx.merge(graph, params, stats, copy=True)
         logits = network(batch["image"], rngs=nnx.Rngs(batch["key"]))
-        loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return loss.mean(), nnx.state(network, nnx.BatchStat)
+        each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return each, nnx.state(network, nnx.BatchStat)
+
+    def examples(key: jax.Array, *shape: int) -> PyTree:
+        return {
+            "image": jax.random.normal(key, (*shape, *case.input_shape)),
+            "label": jax.random.randint(key, shape, 0, 10),
+            "key": jax.random.split(key, shape[:-1]),
+        }
 
     key = jax.random.key(1)
-    batches = {
-        "image": jax.random.normal(key, (case.k, case.b, *case.input_shape)),
-        "label": jax.random.randint(key, (case.k, case.b), 0, 10),
-        "key": jax.random.split(key, case.k),
-    }
-    return loss_fn, (params, batches)
+    return Problem(losses, params, examples(key, case.k, case.b), examples(key, HELD_OUT))
 
 
 class Candidate(NamedTuple):
     """A training step, and where it starts.
 
     Attributes:
-        step: ``(state, batches) -> state``.
+        step: ``(state, batches, held_out) -> state``.
         init: ``params -> state``, the parameters and the optimizer's state.
     """
 
@@ -72,106 +96,88 @@ class Candidate(NamedTuple):
 _SGD = optax.sgd(1e-3, momentum=0.9)
 
 
-def _candidate(gradient: Callable[..., PyTree], *before: optax.GradientTransformation) -> Candidate:
-    """SGD with momentum on ``gradient(params, batches)``, after `before`."""
-    optimizer = optax.chain(*before, _SGD)
+def candidates(of: Problem) -> dict[str, Candidate]:
+    """Steps of SGD with momentum that differ in how the examples become an update."""
+    grad = jax.value_and_grad(of.mean_loss, has_aux=True)
 
-    def step(state: PyTree, batches: PyTree) -> PyTree:
-        params, opt_state = state
-        updates, opt_state = optimizer.update(gradient(params, batches), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    def candidate(
+        gradient: Callable[..., PyTree],
+        optimizer: Any = _SGD,
+        told: Callable[[PyTree], dict[str, Any]] = lambda held_out: {},
+    ) -> Candidate:
+        def step(state: PyTree, batches: PyTree, held_out: PyTree) -> PyTree:
+            params, opt_state = state
+            grads = gradient(params, batches)
+            updates, opt_state = optimizer.update(grads, opt_state, params, **told(held_out))
+            return optax.apply_updates(params, updates), opt_state
 
-    return Candidate(step, lambda params: (params, optimizer.init(params)))
-
-
-def candidates(loss_fn: Callable[..., Any]) -> dict[str, Candidate]:
-    """Steps that differ in how the k mini-batches become one gradient."""
-    grad = jax.value_and_grad(loss_fn, has_aux=True)
+        return Candidate(step, lambda params: (params, optimizer.init(params)))
 
     def one_of(batches: PyTree, i: int) -> PyTree:
         return jax.tree.map(lambda x: x[i], batches)
 
-    def big_batch(params: PyTree, batches: PyTree) -> PyTree:
+    def plain(params: PyTree, batches: PyTree) -> PyTree:
         whole = {
             name: x[0] if name == "key" else x.reshape(math.prod(x.shape[:2]), *x.shape[2:])
             for name, x in batches.items()
         }
         return grad(params, whole)[1]
 
+    def each(params: PyTree, batches: PyTree) -> list[PyTree]:
+        return [grad(params, one_of(batches, i))[1] for i in range(len(batches["label"]))]
+
     def accumulate(params: PyTree, batches: PyTree) -> PyTree:
-        total = None
-        for i in range(len(batches["label"])):
-            _, grads = grad(params, one_of(batches, i))
-            total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-        return total
-
-    def accumulate_weighted(params: PyTree, batches: PyTree) -> PyTree:
-        # The least that any such rule must do, in whatever order and memory XLA likes.
-        first = total = grad(params, one_of(batches, 0))[1]
-        for i in range(1, len(batches["label"])):
-            _, grads = grad(params, one_of(batches, i))
-            omega = optax.tree.vdot(first, grads) / (optax.tree.norm(grads, squared=True) + 0.01)
-            total = optax.tree.add_scale(total, omega, grads)
-        return total
-
-    def streaming(chunk_size: int | None) -> Candidate:
-        step = optax_bilevel.bilevel_value_and_grad(loss_fn, has_aux=True, chunk_size=chunk_size)
-        return _candidate(lambda params, batches: step(params, batches)[1])
+        return jax.tree.map(lambda *leaves: sum(leaves), *each(params, batches))
 
     def stacked(params: PyTree, batches: PyTree) -> PyTree:
+        # On CPU vmap makes grouped convolutions of those that give weight gradients.
+        if jax.default_backend() == "cpu" and any(x.ndim > 2 for x in jax.tree.leaves(params)):
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each(params, batches))
         return jax.vmap(grad, in_axes=(None, 0))(params, batches)[1]
 
-    def stacked_unrolled(params: PyTree, batches: PyTree) -> PyTree:
-        parts = [grad(params, one_of(batches, i))[1] for i in range(len(batches["label"]))]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    def streaming(microbatch_size: int | None) -> Candidate:
+        step = optax_bilevel.bilevel_value_and_grad(
+            of.mean_loss, has_aux=True, microbatch_size=microbatch_size
+        )
+        return candidate(lambda params, batches: step(params, batches)[1])
 
-    coherent_optimizer = optax_bilevel.coherent_steps(_SGD)
-
-    def coherent(state: PyTree, batches: PyTree) -> PyTree:
-        params, opt_state = state
-        step = optax_bilevel.coherent_value_and_grad(loss_fn, has_aux=True, chunk_size=None)
-        _, mean, coherence = step(params, batches, opt_state.direction)
-        updates, opt_state = coherent_optimizer.update(mean, opt_state, params, coherence=coherence)
-        return optax.apply_updates(params, updates), opt_state
-
-    rule = optax_bilevel.bilevel_reweight()
     return {
-        "accumulate": _candidate(accumulate),
-        "accumulate_weighted": _candidate(accumulate_weighted),
-        "big_batch": _candidate(big_batch),
+        "plain": candidate(plain),
+        "coherent": candidate(
+            plain,
+            optax_bilevel.coherent_steps(_SGD, total_steps=10_000),
+            lambda held_out: {"losses_fn": lambda params: of.losses(params, held_out)[0]},
+        ),
+        "accumulate": candidate(accumulate),
         "streaming": streaming(None),
         "streaming_by_1": streaming(1),
-        "streaming_by_4": streaming(4),
-        "stacked": _candidate(stacked, rule),
-        "stacked_unrolled": _candidate(stacked_unrolled, rule),
-        "coherent": Candidate(coherent, lambda params: (params, coherent_optimizer.init(params))),
+        "stacked": candidate(stacked, optax.chain(optax_bilevel.bilevel_reweight(), _SGD)),
     }
 
 
-def compare_steps(
-    candidates: dict[str, Candidate], params: PyTree, batches: PyTree, rounds: int
-) -> dict[str, Timing]:
+def compare_steps(candidates: dict[str, Candidate], of: Problem, rounds: int) -> dict[str, Timing]:
     """Times training steps, each of which goes on from its last."""
     return compare(
         {name: candidate.step for name, candidate in candidates.items()},
-        (batches,),
+        (of.batches, of.held_out),
         rounds,
-        states={name: candidate.init(params) for name, candidate in candidates.items()},
+        states={name: candidate.init(of.params) for name, candidate in candidates.items()},
     )
 
 
 def measure(case: Case, rounds: int = 9) -> dict[str, Timing]:
     """Times every candidate on one case, ``case.times * rounds`` times."""
-    loss_fn, arguments = problem(case)
-    return compare_steps(candidates(loss_fn), *arguments, case.times * rounds)
+    of = problem(case)
+    return compare_steps(candidates(of), of, case.times * rounds)
 
 
 def temporary_memory(candidate: str, case: Case, ks: tuple[int, ...]) -> dict[int, int]:
     """Temporary bytes of a candidate's compiled step for several k at the same b."""
     result = {}
     for k in ks:
-        loss_fn, (params, batches) = problem(case._replace(k=k))
-        step, init = candidates(loss_fn)[candidate]
-        compiled = jax.jit(step, donate_argnums=0).lower(init(params), batches).compile()
+        of = problem(case._replace(k=k))
+        step, init = candidates(of)[candidate]
+        jitted = jax.jit(step, donate_argnums=0)
+        compiled = jitted.lower(init(of.params), of.batches, of.held_out).compile()
         result[k] = temporary_bytes(compiled)
     return result

@@ -9,12 +9,10 @@ kept in ``runs/suspects`` and not trained again. Needs the extra ``peers`` (clea
 Everything has the same network, learning rate and epochs. The rankings compared, by the area under
 the ROC curve and the precision at the true number of flips:
 
-- ``bilevel``: the score of a run that weighs by eq. (10); ``coherent``: by coherent steps.
-- ``sgd``: the same score of a run by plain SGD.
-- ``training_loss``: the loss of each example after the last epoch of plain SGD;
-  ``training_loss_METHOD``: of the other runs.
+- ``bilevel``, ``coherent``, ``sgd``: the score of a run by that method.
+- ``training_loss``: the loss of each example after the last epoch of plain SGD.
 - ``alignment_METHOD``: the mean alignment of each example's gradient with the momentum of a METHOD
-  run, the lowest first.
+  run, the lowest first, of the examples that are trained on.
 - ``cleanlab_METHOD_EPOCH``: cleanlab's label quality (self-confidence, by which
   `find_label_issues` ranks) of out-of-sample predictions, by 5-fold cross-validation of METHOD,
   stopped at EPOCH.
@@ -70,9 +68,17 @@ def quality(order: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
     }
 
 
-def cross_validated(config: Config, problem: trainer.Problem) -> dict[int, np.ndarray]:
-    """Out-of-sample probabilities [n, classes] at a fifth, at half and at all of the epochs."""
-    train = problem.dataset.train
+def cross_validated(config: Config) -> tuple[dict[int, np.ndarray], np.ndarray, np.ndarray]:
+    """Predictions for every example by a network that has not seen it.
+
+    Returns:
+        probabilities [n, classes] at a fifth, at half and at all of the epochs; given and true
+        labels [n].
+    """
+    config = dataclasses.replace(config, held_out=0.0)
+    problem = trainer.load_problem(config)
+    train, true = problem.dataset.train, problem.true
+    assert true is not None
     order = np.random.default_rng(0).permutation(len(train))
     folds = np.empty(len(train), np.int64)
     for c in range(problem.dataset.num_classes):  # stratified by the given labels
@@ -83,11 +89,13 @@ def cross_validated(config: Config, problem: trainer.Problem) -> dict[int, np.nd
     for fold in range(FOLDS):
         kept, left_out = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         part = train.take(kept)
-        smaller = trainer.Problem(
-            dataclasses.replace(problem.dataset, train=part),
-            problem.true[kept],
-            sampler.stratified(part.labels, config.k, config.b, seed=config.seed),
-            problem.examples[kept],
+        smaller = dataclasses.replace(
+            problem,
+            dataset=dataclasses.replace(problem.dataset, train=part),
+            true=true[kept],
+            order=sampler.stratified(part.labels, config.k, config.b, seed=config.seed),
+            examples=problem.examples[kept],
+            names=tuple(problem.names[i] for i in kept),
         )
         program = trainer.build_program(config, smaller)
         state = program.init(jax.random.key(config.seed))
@@ -99,7 +107,8 @@ def cross_validated(config: Config, problem: trainer.Problem) -> dict[int, np.nd
             if epoch in stops and not rest:
                 scores = trainer.predict(program, state, train.take(left_out))
                 chances[epoch][left_out] = np.exp(scores.astype(np.float64))
-    return {epoch: p / p.sum(axis=1, keepdims=True) for epoch, p in chances.items()}
+    chances = {epoch: p / p.sum(axis=1, keepdims=True) for epoch, p in chances.items()}
+    return chances, train.labels, true
 
 
 def cleanlab(given: np.ndarray, chances: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
@@ -125,25 +134,29 @@ def measure(config: Config, runs: pathlib.Path, cross_validate: tuple[str, ...])
         trainer.train(arm, directory, trainer.Options(tensorboard=False))
         found = suspects.rank(directory)
         results[method] = suspects.measure(found)
+        assert found.true is not None
         assert found.means.alignment is not None
-        order = np.argsort(found.means.alignment, kind="stable")
-        results[f"alignment_{method}"] = quality(order, found.given != found.true)
-        _, problem, program, state = trainer.open_run(directory)
-        train = problem.dataset.train
-        wrong = train.labels != problem.true
-        scores = trainer.predict(program, state, train)
-        of_given = np.take_along_axis(scores, train.labels[:, None], axis=1)[:, 0]
-        name = "training_loss" if method == "sgd" else f"training_loss_{method}"
-        results[name] = quality(np.argsort(of_given, kind="stable"), wrong)
+        wrong, alignment = found.given != found.true, found.means.alignment
+        known = np.isfinite(alignment)
+        order = np.argsort(alignment[known], kind="stable")
+        results[f"alignment_{method}"] = quality(order, wrong[known])
+        if method == "sgd":
+            run = trainer.open_run(directory)
+            scores = trainer.predict(run.program, run.state, found.pictures)
+            of_given = np.take_along_axis(scores, found.given[:, None], axis=1)[:, 0]
+            results["training_loss"] = quality(np.argsort(of_given, kind="stable"), wrong)
         if method not in cross_validate:
             continue
         file = directory / "cross_validated.npz"
         if not file.exists():
-            chances = cross_validated(arm, problem)
-            np.savez_compressed(file, epochs=list(chances), chances=list(chances.values()))
+            chances, given, true = cross_validated(arm)
+            np.savez_compressed(
+                file, epochs=list(chances), chances=list(chances.values()), given=given, true=true
+            )
         with np.load(file) as saved:
+            given, wrong = saved["given"], saved["given"] != saved["true"]
             for epoch, chances in zip(saved["epochs"], saved["chances"], strict=True):
-                results[f"cleanlab_{method}_{epoch}"] = cleanlab(train.labels, chances, wrong)
+                results[f"cleanlab_{method}_{epoch}"] = cleanlab(given, chances, wrong)
     return results
 
 

@@ -1,7 +1,6 @@
 """Timing as ratios within one run: candidates take turns, so that a drifting machine hits all."""
 
 import random
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,26 +18,17 @@ class Timing(NamedTuple):
         compile_seconds: tracing and compiling.
         first_seconds: the first call of the compiled program.
         temp_bytes: temporary memory of the compiled program.
-        processor_seconds: the time of all cores together, median over the rounds.
-        page_faults: pages of memory that the system had to find for a call, median over the
-            rounds: many where the C library gives large buffers back after every call.
     """
 
     seconds: float
     compile_seconds: float
     first_seconds: float
     temp_bytes: int
-    processor_seconds: float
-    page_faults: int
 
 
 def temporary_bytes(compiled: Any) -> int:
     """Temporary memory of a compiled program, beside its arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes
-
-
-def _page_faults() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
@@ -87,23 +77,17 @@ def compare(
         call(name)
         first_seconds[name] = time.perf_counter() - started
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    processor: dict[str, list[float]] = {name: [] for name in candidates}
-    faults: dict[str, list[int]] = {name: [] for name in candidates}
     for name in turns(candidates, rounds):
         call(name)
-        started, used, faulted = time.perf_counter(), time.process_time(), _page_faults()
+        started = time.perf_counter()
         call(name)
         seconds[name].append(time.perf_counter() - started)
-        processor[name].append(time.process_time() - used)
-        faults[name].append(_page_faults() - faulted)
     return {
         name: Timing(
             statistics.median(seconds[name]),
             compile_seconds[name],
             first_seconds[name],
             temporary_bytes(compiled[name]),
-            statistics.median(processor[name]),
-            statistics.median_low(faults[name]),
         )
         for name in candidates
     }
