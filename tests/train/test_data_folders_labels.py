@@ -5,7 +5,9 @@ import pytest
 from PIL import Image
 
 from train import data
+from train.config import Config
 from train.data import labels
+from train.problem import load_problem
 
 
 def write(path, value=100):
@@ -201,6 +203,25 @@ def test_what_is_written_is_read_again(tmp_path):
     assert not path.with_suffix(".csv.tmp").exists()
 
 
+def test_a_list_says_what_is_held_out(tmp_path):
+    classes(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.held_out is None
+    path = tmp_path / "all.csv"
+    names = [loaded.class_names[label] for label in loaded.train.labels]
+    kept = {"train/cat/b.png", "train/dog/a.png"}
+    labels.write(path, loaded.train_names, names, held_out=kept)
+    assert path.read_text().startswith("file,label,split\ntrain/cat/a.png,cat,train\n")
+    again = load(tmp_path, labels=path)
+    assert labelled(again) == labelled(loaded)
+    assert {again.train_names[i] for i in again.held_out} == kept
+    config = {"dataset": "folder", "data_dir": str(tmp_path), "labels": str(path), "k": 2, "b": 1}
+    problem = load_problem(Config(**config, held_out=0.1))
+    assert set(problem.description.held_out) == kept
+    # Zero turns it off all the same.
+    assert load_problem(Config(**config, held_out=0, method="sgd")).held_out is None
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -210,7 +231,7 @@ def test_what_is_written_is_read_again(tmp_path):
         (b"file,label\n\xff\xfe\n", "is not text in UTF-8"),
         (b'file,label\n"1.png,cat\n', r"labels\.csv:2 is not a line of a CSV file"),
         (b"file,label\n1.png\n,cat\n", "2 rows cannot be used: line 2: no label; line 3: no file"),
-        (b"file,label,split\n1.png,a,dev\n", "line 2: split is 'dev', not train or test"),
+        (b"file,label,split\n1.png,a,dev\n", "line 2: split is 'dev', not train, held_out"),
         (b"file,label\n1.png,a\n1.png,b\n", r"line 3: 1\.png is also in line 2, differently"),
         (b"file,label\n1.png,a\n./1.png,b\n", r"line 3: \./1\.png is also in line 2, differently"),
         (
@@ -264,7 +285,10 @@ def test_corrections_of_digits(tmp_path):
     path = tmp_path / "labels.csv"
     names = [plain.train_names[i] for i in kept]
     labels.write(path, names, map(str, given[kept]), column="example")
+    assert data.load("digits", labels=path).held_out is None
+    labels.write(path, names, map(str, given[kept]), "example", held_out={names[4], names[900]})
     loaded = data.load("digits", labels=path)
+    assert loaded.held_out.tolist() == [4, 900]
     np.testing.assert_array_equal(loaded.train.images, plain.train.images[kept])
     np.testing.assert_array_equal(loaded.train.labels, given[kept])
     assert loaded.train.labels.dtype == np.int32

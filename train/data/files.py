@@ -51,6 +51,7 @@ class File:
         part: "train", "test", or "" for neither.
         label: Its class; "" if it has none.
         converted: What was changed when it was decoded.
+        held_out: Whether a list says that it is never to be trained on.
     """
 
     path: pathlib.Path
@@ -60,6 +61,7 @@ class File:
     part: str = ""
     label: str = ""
     converted: tuple[str, ...] = ()
+    held_out: bool = False
 
     @property
     def parts(self) -> list[str]:

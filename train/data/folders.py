@@ -84,6 +84,8 @@ def load(
     account = Account.of(str(folder), class_names, found)
     account.notes, account.warnings = notes, warned
     numbers = {name: number for number, name in enumerate(class_names)}
+    trained = [file for file in examples if file.part == "train"]
+    held_out = np.flatnonzero([file.held_out for file in trained])
 
     def split(part: str) -> Split:
         of_part = [file for file in examples if file.part == part]
@@ -99,7 +101,8 @@ def load(
         num_classes=len(class_names),
         class_names=class_names,
         image_shape=read.shape,
-        train_files=tuple(file.name for file in examples if file.part == "train"),
+        held_out=held_out if len(held_out) else None,
+        train_files=tuple(file.name for file in trained),
         test_files=tuple(file.name for file in examples if file.part == "test"),
         ranges=read.ranges,
         account=account,

@@ -6,7 +6,7 @@ import io
 import os
 import pathlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from train.data.files import NEVER, File
 from train.data.types import DataNotFoundError, Dataset, Split
 
 PARTS = ("train", "test")
+HELD_OUT = "held_out"
+_SPLITS = {"": "", "train": "train", "test": "test", HELD_OUT: "train"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Row:
         example: The file, or the number of the example.
         label: The class.
         part: "train", "test", or "" where the list does not say.
+        held_out: Whether it is a training example that is never to be trained on.
     """
 
     line: int
     example: str
     label: str
     part: str
+    held_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,8 @@ def read(path: pathlib.Path, column: str = "file") -> Labels:
 
     Args:
         path: The file. Its first line names the columns: `column`, ``label`` and perhaps
-            ``split`` ("train" or "test"), in any order; others are left alone.
+            ``split`` ("train", "test", or "held_out" for training examples that are to be held
+            out of the training), in any order; others are left alone.
         column: "file" or "example".
 
     Raises:
@@ -92,22 +97,24 @@ def read(path: pathlib.Path, column: str = "file") -> Labels:
     for line, cells in lines[1:]:
         values = {k: cells[i] if i < len(cells) else "" for k, i in places.items()}
         label = unicodedata.normalize("NFC", values["label"].strip())
-        row = Row(line, values[column], label, values.get("split", "").strip().lower())
+        split = values.get("split", "").strip().lower()
+        row = Row(line, values[column], label, _SPLITS.get(split, ""), split == HELD_OUT)
         if not row.example.strip() or not row.label:
             wrong.append(f"line {line}: no {'label' if row.example.strip() else column}")
-        elif row.part not in ("", *PARTS):
-            wrong.append(f"line {line}: split is {row.part!r}, not train or test")
-        elif (row.label, row.part) != (
-            (same := rows.setdefault(row.example, row)).label,
-            same.part,
-        ):
+        elif split not in _SPLITS:
+            wrong.append(f"line {line}: split is {split!r}, not train, held_out or test")
+        elif row != dataclasses.replace(same := rows.setdefault(row.example, row), line=line):
             wrong.append(f"line {line}: {row.example} is also in line {same.line}, differently")
     _refuse(path, wrong)
     return Labels(path, tuple(rows.values()))
 
 
 def write(
-    path: str | os.PathLike, names: Iterable[str], labels: Iterable[str], column: str = "file"
+    path: str | os.PathLike,
+    names: Iterable[str],
+    labels: Iterable[str],
+    column: str = "file",
+    held_out: Container[str] | None = None,
 ) -> None:
     """Writes a CSV file of labels, all or nothing, as `read` takes it.
 
@@ -116,6 +123,8 @@ def write(
         names: The training examples, as `Dataset.train_names` calls them.
         labels: Their classes' names.
         column: "file", or "example" where the names are numbers.
+        held_out: Of the examples those that are to be held out of the training; None to leave
+            that open.
 
     Raises:
         OSError: if it cannot be written.
@@ -123,8 +132,13 @@ def write(
     unfinished = pathlib.Path(f"{path}.tmp")
     with open(unfinished, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow((column, "label"))
-        table.writerows(zip(names, labels, strict=True))
+        if held_out is None:
+            table.writerow((column, "label"))
+            table.writerows(zip(names, labels, strict=True))
+        else:
+            table.writerow((column, "label", "split"))
+            for name, label in zip(names, labels, strict=True):
+                table.writerow((name, label, HELD_OUT if name in held_out else "train"))
     unfinished.replace(path)
 
 
@@ -168,6 +182,7 @@ def apply(labels: Labels, files: Sequence[File]) -> None:
                 file.converted += (f"relabelled by {listed}",)
             file.skipped, file.label = None, row.label
             file.part = row.part or file.part or "train"
+            file.held_out = row.held_out
         elif file.skipped in NEVER or file.is_folder:
             continue
         elif file.part != "test" or not file.label:
@@ -192,6 +207,7 @@ def correct(dataset: Dataset, path: pathlib.Path) -> Dataset:
     labels = read(path, "example")
     classes = {name: number for number, name in enumerate(dataset.class_names)}
     chosen: dict[int, int] = {}
+    held_out = []
     wrong = []
     for row in labels.rows:
         text = row.example.strip()
@@ -204,6 +220,8 @@ def correct(dataset: Dataset, path: pathlib.Path) -> Dataset:
             wrong.append(f"line {row.line}: the test part cannot be changed")
         elif chosen.setdefault(number, classes[row.label]) != classes[row.label]:
             wrong.append(f"line {row.line}: example {number} has another label before")
+        elif row.held_out:
+            held_out.append(number)
     _refuse(path, wrong)
     kept = np.array(sorted(chosen), np.int64)
     given = np.array([chosen[number] for number in kept.tolist()], np.int32)
@@ -225,7 +243,11 @@ def correct(dataset: Dataset, path: pathlib.Path) -> Dataset:
     account.notes.append(f"labels from {path}")
     taken = dataset.train.take(kept)
     return dataclasses.replace(
-        dataset, train=Split(taken.images, given), train_numbers=kept, account=account
+        dataset,
+        train=Split(taken.images, given),
+        train_numbers=kept,
+        held_out=np.searchsorted(kept, sorted(held_out)) if held_out else None,
+        account=account,
     )
 
 

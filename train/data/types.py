@@ -98,6 +98,8 @@ class Dataset:
         train_files: The file of each training image below the folder, with ``/`` and in the order
             of their names; None where the images are not files.
         test_files: Likewise of each test image.
+        held_out: ``int [m]``, the training examples, by position, that a list of labels wants held
+            out of the training; None where it does not say.
         train_numbers: ``int [n]``, the number of each training image in the data set as published,
             where a list of labels left some of them out; None for all of them.
         fit: How images of other sizes get `image_shape`.
@@ -118,6 +120,7 @@ class Dataset:
     validation: Split | None = None
     train_files: tuple[str, ...] | None = None
     test_files: tuple[str, ...] | None = None
+    held_out: np.ndarray | None = None
     train_numbers: np.ndarray | None = None
     fit: Fit = "crop"
     ranges: Ranges = dataclasses.field(default_factory=dict)
