@@ -7,17 +7,21 @@ on.
 """
 
 import dataclasses
-import json
+import errno
 import pathlib
 import signal
 import sys
 import warnings
 from typing import Annotated, Any, Literal
 
-import tyro
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+try:  # Ctrl-C ends these as it does a command before it trains
+    import tyro
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except KeyboardInterrupt:
+    print("stopped by SIGINT", file=sys.stderr)
+    sys.exit(130)
 
 Help = tyro.conf.arg
 USAGE = """usage: python -m train [COMMAND] [OPTIONS]; --help after a command lists its options
@@ -27,6 +31,8 @@ USAGE = """usage: python -m train [COMMAND] [OPTIONS]; --help after a command li
   experiment train the arms of a table or figure of the paper
   report     a page, figures and tables of what experiments and runs have given
   evaluate   measure the newest checkpoint of a run directory
+  predict    say which class new pictures are, by a run or an export
+  export     write a run's network into two files that need neither the run nor its data
   relabel    label the training set by a run's network, dropout left on: realistic noise
   suspects   rank a run's training examples by how wrong their labels look: table and page
   list       experiments, data sets, networks, methods, augmentations, label noise
@@ -45,8 +51,8 @@ def _demo(args: list[str], console: Console) -> None:
 
 
 def _run(args: list[str], console: Console) -> None:
-    from train import demo, distributed, trainer
-    from train.config import Config, ConfigError
+    from train import demo, distributed, saved, trainer
+    from train.config import Config
     from train.progress import Display
 
     @dataclasses.dataclass(frozen=True)
@@ -86,12 +92,7 @@ def _run(args: list[str], console: Console) -> None:
         console.quiet = not distributed.writes()
     elif where != (None, None, None):
         raise ValueError("--coordinator, --num-processes and --process-id need --distributed")
-    config = chosen.config
-    if chosen.resume:
-        file = chosen.out / "config.json"
-        if not file.exists():
-            raise ConfigError(f"{chosen.out} holds no run: there is no config.json to resume from")
-        config = Config.from_json(json.loads(file.read_text()))
+    config = saved.read_config(chosen.out) if chosen.resume else chosen.config
     problem = trainer.load_problem(config)
     demo.describe(problem, config, console)
     with Display(console) as display:
@@ -186,7 +187,10 @@ def _evaluate(args: list[str], console: Console) -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Evaluate:
-        """Measures the newest checkpoint of a run directory."""
+        """Measures the newest checkpoint of a run directory.
+
+        Where the data are gone, or have changed, it shows the figures that the run noted.
+        """
 
         run: Annotated[tyro.conf.Positional[pathlib.Path], Help(help="the run directory")]
 
@@ -194,6 +198,77 @@ def _evaluate(args: list[str], console: Console) -> None:
         trainer.evaluate_run(tyro.cli(Evaluate, args=args, prog="python -m train evaluate").run),
         console,
     )
+
+
+def _predict(args: list[str], console: Console) -> None:
+    from rich.progress import Progress
+
+    from train import export, predict
+
+    @dataclasses.dataclass(frozen=True)
+    class Predict:
+        """Says which class new pictures are: a CSV file with file, label and confidence.
+
+        The pictures are read as those that the network was trained on, which may be gone.
+        """
+
+        model: Annotated[
+            tyro.conf.Positional[pathlib.Path], Help(help="a run directory, or an export")
+        ]
+        pictures: Annotated[
+            tyro.conf.Positional[tuple[pathlib.Path, ...]],
+            Help(help="pictures, and folders of pictures at any depth"),
+        ]
+        out: Annotated[
+            pathlib.Path, Help(help="the file to write, in place of earlier predictions")
+        ] = pathlib.Path("predictions.csv")
+        top: Annotated[int, Help(help="how many classes to name, the best first")] = 1
+        bad_files: Annotated[
+            Literal["error", "skip"],
+            Help(help="stop where pictures cannot be read, or list them without a label"),
+        ] = "error"
+
+    chosen = tyro.cli(Predict, args=args, prog="python -m train predict")
+    pictures, skipped = predict.find(chosen.pictures)
+    predictor = predict.Predictor(export.load_model(chosen.model))
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("pictures", total=len(pictures))
+        predicted = predict.write(
+            predictor,
+            pictures,
+            chosen.out,
+            top=chosen.top,
+            bad_files=chosen.bad_files,
+            on_picture=lambda: progress.advance(task),
+        )
+    for line in predicted.said(skipped):
+        console.print(line, soft_wrap=True)
+    console.print(f"written: {chosen.out}")
+
+
+def _export(args: list[str], console: Console) -> None:
+    from train import export
+
+    @dataclasses.dataclass(frozen=True)
+    class Export:
+        """Writes a run's network as model.safetensors and model.json, which suffice to use it."""
+
+        run: Annotated[tyro.conf.Positional[pathlib.Path], Help(help="the run directory")]
+        out: Annotated[pathlib.Path, Help(help="the folder to write")]
+        epoch: Annotated[
+            Literal["best", "last"],
+            Help(help="best by held-out labels (without held-out examples: last), or last"),
+        ] = "best"
+
+    chosen = tyro.cli(Export, args=args, prog="python -m train export")
+    model = export.from_run(chosen.run, chosen.epoch)
+    export.save(model, chosen.out)
+    trained = model.trained
+    console.print(
+        f"{model.network}, {len(model.class_names)} classes, epoch {trained['epoch']} of "
+        f"{trained['of_epochs']}, chosen by {trained['chosen_by']}"
+    )
+    console.print(f"written: {chosen.out / export.WEIGHTS}, {chosen.out / export.DESCRIPTION}")
 
 
 def _relabel(args: list[str], console: Console) -> None:
@@ -238,11 +313,18 @@ def _suspects(args: list[str], console: Console) -> None:
     out = chosen.out or chosen.run
     out.mkdir(parents=True, exist_ok=True)
     suspects.write_csv(found, out / "suspects.csv")
-    title = f"{found.problem.dataset.name}: labels that look wrong"
+    title = f"{found.description.dataset}: labels that look wrong"
     suspects.write_page(found, out / "suspects.html", chosen.count, title)
     above = int((found.means.score > 0).sum())
     console.print(f"{above:,} of {len(found.given):,} labels look wrong (score above 0)")
-    if (found.given != found.true).any():
+    for what, names in (
+        ("are gone", found.gone),
+        ("have another label by now and are left out", found.relabelled),
+    ):
+        if names:
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            console.print(f"{len(names):,} pictures {what}: {', '.join(names[:3])}{more}")
+    if found.true is not None and (found.given != found.true).any():
         console.print("against the true labels, %:")
         _print_figures(suspects.measure(found), console)
     console.print(f"written: {out / 'suspects.csv'}, {out / 'suspects.html'}")
@@ -310,6 +392,8 @@ COMMANDS = {
     "experiment": _experiment,
     "report": _report,
     "evaluate": _evaluate,
+    "predict": _predict,
+    "export": _export,
     "relabel": _relabel,
     "suspects": _suspects,
     "list": _list,
@@ -337,6 +421,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run_command(name, args, console)
     except KeyboardInterrupt:
+        print("stopped by SIGINT, before there was anything to save", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, handler)
@@ -371,10 +456,22 @@ def _code_of(name: str, args: list[str], console: Console) -> int:
     except RunDirectoryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {_in_a_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _in_a_line(error: Exception) -> str:
+    """What went wrong; of the system's errors the place, the reason and what to do."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    where = "" if error.filename is None else f"{error.filename}: "
+    remedy = {
+        errno.ENOSPC: "; make space and start the same command again to go on",
+        errno.EACCES: "; give a place that may be read, or for --out one that may be written to",
+    }.get(error.errno or 0, "")
+    return f"{where}{error.strerror}{remedy}"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """Many runs, one after another: finished ones are not trained again, the others go on."""
 
-import json
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.table import Table
 
 from train import trainer
 from train.config import Config
 from train.progress import Display
-from train.run_directory import InUseError, read_metrics
+from train.run_directory import InUseError, read_metrics, read_result
 
 Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 """The result of a finished run, and its lines of metrics."""
@@ -21,10 +21,11 @@ COLUMNS = {
     "train_noisy": "train,\ngiven",
     "train_clean": "train,\ntrue",
     "test_last": "test,\nlast",
+    "stopped": "test,\nstopped",
     "test_best": "test,\nbest",
     "seconds": "seconds",
 }
-"""The figures of a run that tables show, and their headings."""
+"""The figures of a run that tables show, and their headings; what no run has is left out."""
 
 
 class Run(NamedTuple):
@@ -59,8 +60,9 @@ def train_all(
     outcomes, failed = {}, []
     with Display(console) as display:
         for run in runs:
-            finished = (run.directory / "result.json").exists()
-            problem = None if finished else trainer.load_problem(run.config)
+            finished = read_result(run.directory) is not None
+            known = finished and run.config.dataset != "folder"  # which may have changed since
+            problem = None if known else trainer.load_problem(run.config)
             # Noise, and with it the number of k-tuples of a class, differs between seeds.
             steps = (
                 read_metrics(run.directory)[-1]["step"]
@@ -80,8 +82,7 @@ def train_all(
             else:
                 outcomes[run.directory] = (result, read_metrics(run.directory))
                 display.say(
-                    f"{run.title}: test {result['test_last']:.1f}% "
-                    f"(best {result['test_best']:.1f}%), {result['seconds']:.0f} s"
+                    f"{run.title}: {in_words(result)}, {result['seconds']:.0f} s"
                     + (", finished before" if finished else "")
                 )
                 if not finished:
@@ -102,12 +103,42 @@ def over_seeds(results: list[dict[str, Any]], names: Iterable[str]) -> dict[str,
     return row
 
 
-def cells(row: dict[str, float]) -> list[str]:
-    """What a table shows of `over_seeds`, in the order of `COLUMNS`."""
-    return [f"{row[f'{name}_mean']:.1f} ± {row[f'{name}_std']:.1f}" for name in COLUMNS]
+def in_words(result: dict[str, Any]) -> str:
+    """The accuracies of a finished run, in a line."""
+    figures = [
+        f"{words} {result[name]:.1f}%"
+        for name, words in (
+            ("test_last", "test"),
+            ("stopped", "stopped by held-out labels"),
+            ("test_best", "best"),
+            ("held_out", "held-out labels"),
+        )
+        if name in result
+    ]
+    return ", ".join(figures) or f"training labels {result['train_noisy']:.1f}%"
+
+
+def table(first: str, rows: Mapping[str, Mapping[str, Any]], **options: Any) -> Table:
+    """Rows of `over_seeds`, by what the `first` column is to show, for a terminal."""
+    shown = [name for name in COLUMNS if any(f"{name}_mean" in row for row in rows.values())]
+    result = Table(**options)
+    result.add_column(first, no_wrap=True)
+    for name in shown:
+        result.add_column(COLUMNS[name], justify="right")
+    for label, row in rows.items():
+        figures = (with_deviation(row, name) for name in shown)
+        result.add_row(label, *figures)
+    return result
+
+
+def with_deviation(row: Mapping[str, Any], name: str) -> str:
+    """Mean and deviation of a figure of `over_seeds`; empty where the runs do not have it."""
+    if f"{name}_mean" not in row:
+        return ""
+    return f"{row[f'{name}_mean']:.1f} ± {row[f'{name}_std']:.1f}"
 
 
 def outcome(directory: pathlib.Path) -> Outcome | None:
     """What is known of a run that may be finished; None where it is not."""
-    file = directory / "result.json"
-    return (json.loads(file.read_text()), read_metrics(directory)) if file.exists() else None
+    result = read_result(directory)
+    return None if result is None else (result, read_metrics(directory))

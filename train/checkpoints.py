@@ -1,7 +1,6 @@
 """Checkpoints of a run, by Orbax: written atomically and in the background, the latest n kept."""
 
 import logging
-import math
 import pathlib
 import re
 import shutil
@@ -21,6 +20,10 @@ PyTree = Any
 # Orbax logs every save and restore, and a failed one in hundreds of lines; what matters is said
 # here.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+class CheckpointError(OSError):
+    """The state of a run cannot be kept; the message says what to do."""
 
 
 class Checkpoints:
@@ -52,6 +55,7 @@ class Checkpoints:
             ),
         )
         self._saved = -1
+        self._failure: Exception | None = None
 
     def __enter__(self) -> "Checkpoints":
         """Returns itself."""
@@ -76,7 +80,7 @@ class Checkpoints:
             return
         named = _named(state)
         named[_CHECKSUM] = _checksum(named)
-        self._saved = step
+        self._saved, self._failure = step, None
         try:
             self._manager.save(step, args=ocp.args.StandardSave(named), force=True)
         except Exception as error:  # whatever a full disk makes Orbax raise
@@ -93,11 +97,12 @@ class Checkpoints:
     def _failed(self, error: Exception) -> None:
         if jax.process_count() > 1:
             raise error
+        self._failure = error
         for left in self._directory.glob(f"{self._saved}{ocp.utils.TMP_DIR_SUFFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
+        kept = "the one before it is kept" if self._manager.all_steps() else "and there is no other"
         warnings.warn(
-            f"checkpoint of step {self._saved} not written, the one before it is kept: "
-            f"{_in_a_line(error)}",
+            f"checkpoint of step {self._saved} not written, {kept}: {_in_a_line(error)}",
             stacklevel=4,
         )
         self._saved = -1
@@ -109,19 +114,12 @@ class Checkpoints:
         it, beside it, as ``damaged-checkpoint-STEP``.
 
         Args:
-            like: a state of the same structure, shapes, dtypes and shardings; but where a method
-                cuts its state into a row per device (`optax_bilevel.init_past`), that of any
-                number of devices.
+            like: a state of the same structure, shapes, dtypes and shardings, arrays or abstract.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
-        abstract[_CHECKSUM] = np.zeros((), np.uint32)
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                stored = _as_stored(abstract, self._manager.item_metadata(step))
-                named = dict(self._manager.restore(step, args=ocp.args.StandardRestore(stored)))
-                if named.pop(_CHECKSUM) != _checksum(named):
-                    raise ValueError("its checksum is wrong")
-                named = {name: _cut_like(leaf, abstract[name]) for name, leaf in named.items()}
+                named = self._read(step, abstract)
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 warnings.warn(
                     f"checkpoint of step {step} cannot be read, trying the one before it: "
@@ -134,6 +132,42 @@ class Checkpoints:
             self._saved = step
             return jax.tree.unflatten(jax.tree.structure(like), list(named.values()))
         return None
+
+    def _read(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """The leaves of a checkpoint, by name; fails if they are not what was saved."""
+        wanted = {**abstract, _CHECKSUM: np.zeros((), np.uint32)}
+        named = dict(self._manager.restore(step, args=ocp.args.StandardRestore(wanted)))
+        if named.pop(_CHECKSUM) != _checksum(named):
+            raise ValueError("its checksum is wrong")
+        return named
+
+    def confirm(self, step: int, like: PyTree) -> None:
+        """Makes sure that the checkpoint of this step can be read back.
+
+        Raises:
+            CheckpointError: if it was not written, or cannot be read.
+        """
+        self._finish()
+        error = self._failure
+        if error is None:
+            # Into this host's memory: the devices may have no room for the state twice.
+            in_host = {
+                name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+                for name, leaf in _named(like).items()
+            }
+            try:
+                self._read(step, in_host)
+            except Exception as failure:  # whatever a damaged file makes Orbax raise
+                error = failure
+                self._set_aside(step)
+        if error is not None:
+            steps = self._manager.all_steps()
+            after = f"step {max(steps)}" if steps else "the beginning"
+            raise CheckpointError(
+                f"the checkpoint of step {step} cannot be kept in {self._directory} "
+                f"({_in_a_line(error)}); make space and start the same command again, which then "
+                f"goes on from {after}"
+            ) from error
 
     def _set_aside(self, step: int) -> None:
         if distributed.writes():
@@ -162,32 +196,6 @@ def _whole(leaf: Any) -> np.ndarray:
         everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
         leaf = jax.jit(lambda x: x, out_shardings=everywhere)(leaf)
     return np.asarray(leaf)
-
-
-def _as_stored(abstract: dict[str, Any], metadata: Any) -> dict[str, Any]:
-    """`abstract`, with the stored shapes where a method's state was cut for other devices."""
-
-    def leaf(name: str, like: Any) -> Any:
-        shape = tuple(metadata[name].shape)
-        if "_method_" not in name or shape == like.shape:
-            return like
-        sharding = like.sharding
-        if isinstance(sharding, NamedSharding):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, like.dtype, sharding=sharding)
-
-    return {name: leaf(name, like) for name, like in abstract.items()}
-
-
-def _cut_like(leaf: jax.Array, like: Any) -> jax.Array:
-    """The same values, flat, in the shape of `like`: zeros fill it up, or are left out."""
-    if leaf.shape == like.shape:
-        return leaf
-    flat, size = np.asarray(leaf).ravel(), math.prod(like.shape)
-    if flat[size:].any():
-        raise ValueError(f"expected {like.shape}, found {leaf.shape}")
-    flat = np.pad(flat[:size], (0, max(size - len(flat), 0))).reshape(like.shape)
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: flat[index])
 
 
 def _in_a_line(error: Exception) -> str:

@@ -8,16 +8,19 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from train import augment, data, methods, noise
+from train import augment, data, methods, noise, optimizers
 
 Help = tyro.conf.arg
+
+
+AUTO = "auto"
 
 
 class ConfigError(ValueError):
     """A choice that does not exist or does not fit the others; the message lists the right ones."""
 
 
-_ALL_TRAIN = ("past", "coherent")  # the methods that hold out none of the k mini-batches
+_ALL_TRAIN = ("coherent",)  # methods that could take validation mini-batches to be theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,25 @@ class Config:
     test_size: Annotated[
         int | None, Help(help="measure on this many test images, a fixed choice")
     ] = None
-    network: Annotated[str, Help(help="network, one of `python -m train models`")] = "mlp"
+    labels: Annotated[
+        str | None,
+        Help(help="a CSV file of labels (file,label[,split]) that correct those of the data set"),
+    ] = None
+    bad_files: Annotated[
+        Literal["error", "skip"],
+        Help(help="of a folder: stop where files cannot be read, or leave them out and count them"),
+    ] = "error"
+    held_out: Annotated[
+        float,
+        Help(
+            help="share of each class that is never trained on: it chooses the best epoch, and "
+            "judges the steps of `coherent`; 0: none"
+        ),
+    ] = 0.1
+    network: Annotated[
+        str,
+        Help(help="one of `python -m train models`; auto: chosen by the size of the images"),
+    ] = AUTO
     pretrained: Annotated[
         str | None,
         Help(
@@ -57,29 +78,6 @@ class Config:
     num_validation: Annotated[int, Help(help="how many of the k are validation mini-batches")] = 1
     normalize: Annotated[bool, Help(help="divide ω by its L1 norm (off: ablation a)")] = True
     nonnegative: Annotated[bool, Help(help="clip ω at zero")] = False
-    past_decay: Annotated[
-        float | None,
-        Help(
-            help="decay per step of the average of gradients; none: 0.9 (past), 0.97 (coherent, "
-            "0.99 in runs of 10,000 steps and more)"
-        ),
-    ] = None
-    coherence_decay: Annotated[float, Help(help="decay of the average coherence in `coherent`")] = (
-        0.9
-    )
-    coherence_gain: Annotated[float, Help(help="factor of the average coherence in `coherent`")] = (
-        4.0
-    )
-    coherence_margin: Annotated[
-        float | None,
-        Help(
-            help="by how many deviations the average coherence must be above zero in `coherent`; "
-            "none: 1 in runs of 10,000 steps and more, else 0"
-        ),
-    ] = None
-    coherence_warmup: Annotated[
-        float, Help(help="share of the run's steps, its first ones, that `coherent` takes whole")
-    ] = 0.1
     groups: Annotated[
         Literal["all", "layer", "leaf"],
         Help(help="one ω for all, per layer (ablation b), per leaf"),
@@ -105,9 +103,12 @@ class Config:
     ] = 75.0
     group_norm: Annotated[float, Help(help="λ of azadi's regularizer")] = 10.0
     sampling: Annotated[
-        Literal["stratified", "random"],
-        Help(help="identical label distributions in the k mini-batches, or not (ablation c)"),
-    ] = "stratified"
+        Literal["auto", "stratified", "random"],
+        Help(
+            help="identical label distributions in the k mini-batches, or not (ablation c); auto: "
+            "random for `coherent`, stratified for the others"
+        ),
+    ] = "auto"
     validation_ratio: Annotated[
         float, Help(help="share of the training set kept for validation only; 0: none is")
     ] = 0.0
@@ -125,14 +126,27 @@ class Config:
     ] = "natural"
 
     epochs: Annotated[int, Help(help="passes over the training set")] = 100
-    learning_rate: Annotated[float, Help(help="initial learning rate")] = 0.03
+    optimizer: Annotated[str, Help(help=f"one of {', '.join(optimizers.NAMES)}")] = "sgd"
+    learning_rate: Annotated[
+        float | None,
+        Help(
+            help="initial learning rate; none: "
+            + ", ".join(f"{rate:g} ({name})" for name, rate in optimizers.RATES.items())
+        ),
+    ] = None
     schedule: Annotated[
         Literal["constant", "exponential", "steps", "linear"],
         Help(help="exponential: × decay an epoch; steps: ÷ 10 at 1/2 and 3/4; linear: to 0"),
     ] = "exponential"
     decay: Annotated[float, Help(help="factor per epoch of the exponential schedule")] = 0.95
     momentum: Annotated[float, Help(help="of SGD, not Nesterov")] = 0.9
-    weight_decay: Annotated[float, Help(help="on kernels, added after the reweighting")] = 0.0
+    weight_decay: Annotated[
+        float,
+        Help(
+            help="on kernels, after the reweighting; of "
+            f"{', '.join(optimizers.DECOUPLED)} apart from the gradient, else added to it"
+        ),
+    ] = 0.0
     clip_norm: Annotated[float | None, Help(help="clip the reweighted gradient's norm")] = None
     dropout_rate: Annotated[float | None, Help(help="probability of dropping; none: network's")] = (
         None
@@ -160,7 +174,8 @@ class Config:
         import models
 
         _one_of("dataset", self.dataset, data.NAMES)
-        _one_of("network", self.network, models.names())
+        _one_of("network", self.network, (AUTO, *models.names()))
+        _one_of("optimizer", self.optimizer, optimizers.NAMES)
         _one_of("method", self.method, methods.NAMES)
         _one_of("augmentation", self.augmentation, augment.PRESETS)
         if not self.noise.endswith(".npz"):
@@ -173,7 +188,7 @@ class Config:
             ("noise_rate", 0, 1), ("validation_ratio", 0, 0.9), ("momentum", 0, 1),
             ("train_size", 1, None), ("test_size", 1, None), ("image_size", 1, None),
             ("weight_decay", 0, None), ("bootstrap_beta", 0, 1), ("loss_percentile", 0, 100),
-            ("group_norm", 0, None), ("coherence_margin", 0, None),
+            ("group_norm", 0, None), ("held_out", 0, 0.5),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= (math.inf if high is None else high):
@@ -182,7 +197,6 @@ class Config:
         for name in (
             "lam",
             "mu",
-            "coherence_gain",
             "learning_rate",
             "decay",
             "clip_norm",
@@ -191,12 +205,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be positive and finite, got {value}")
-        for name in ("past_decay", "coherence_decay", "smoothing", "dropout_rate"):
+        for name in ("smoothing", "dropout_rate"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name} must be from 0 to below 1, got {value}")
-        if not 0 <= self.coherence_warmup <= 1:
-            raise ConfigError(f"coherence_warmup must be from 0 to 1, got {self.coherence_warmup}")
         if not 0 < self.channel_noise < 1:
             raise ConfigError(f"channel_noise must be between 0 and 1, got {self.channel_noise}")
         if any(width < 1 for width in self.hidden or ()):
@@ -219,22 +231,47 @@ class Config:
                     f"batch_statistics = validation: with {self.method} all k train; known: mean, "
                     "training"
                 )
-        if self.hidden is not None and self.network != "mlp":
+        if self.method == "coherent" and not self.held_out:
+            raise ConfigError(
+                "method coherent judges its steps by a held-out part of the data: give held_out "
+                "0.1 or another share, or take another method"
+            )
+        if self.hidden is not None and self.network not in (AUTO, "mlp"):
             raise ConfigError(f"hidden is for the network mlp, not {self.network}")
-        if (self.pretrained or "").endswith(".safetensors") and self.network != "resnet50":
+        if self.weights_file and self.network not in (AUTO, "resnet50"):
             raise ConfigError(
                 f"weights in .safetensors are for the network resnet50, not {self.network}"
             )
-        if self.validation_ratio and self.sampling == "random":
+        if self.momentum != Config.momentum and self.optimizer != "sgd":
+            raise ConfigError(f"momentum is for the optimizer sgd, not {self.optimizer}")
+        if self.example_alignment and not optimizers.moves_on(self):
+            raise ConfigError(
+                "example_alignment needs an optimizer with momentum: "
+                f"{', '.join(optimizers.MOMENTUM)}, or the method coherent"
+            )
+        if self.validation_ratio and self.order == "random":
             raise ConfigError("validation_ratio needs sampling = stratified, not random")
         if self.clean_validation and not self.validation_ratio:
             raise ConfigError("clean_validation needs a validation_ratio above 0")
         methods.check_form(self.method, self.form)
 
     @property
-    def held_out(self) -> int:
+    def num_validation_batches(self) -> int:
         """How many of the k mini-batches are not trained on."""
         return 0 if self.method in _ALL_TRAIN else self.num_validation
+
+    @property
+    def order(self) -> str:
+        """The sampling that is meant: "stratified" or "random"."""
+        if self.sampling == AUTO:
+            return "random" if self.method == "coherent" else "stratified"
+        return self.sampling
+
+    @property
+    def weights_file(self) -> str | None:
+        """The file that `pretrained` names, where it does not name a run."""
+        file = self.pretrained or ""
+        return file if file.endswith(".safetensors") else None
 
     def to_json(self) -> dict[str, Any]:
         """The fields, as `json` writes them."""

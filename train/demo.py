@@ -15,11 +15,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from train import arms, trainer
 from train import methods as method_files
-from train import trainer
-from train.arms import COLUMNS, Outcome, Run, cells, over_seeds, train_all
-from train.config import Config, ConfigError
-from train.run_directory import InUseError, environment, write_json
+from train.arms import Outcome, Run, over_seeds, train_all
+from train.config import AUTO, Config, ConfigError
+from train.data import account
+from train.files import write_json
+from train.run_directory import InUseError, environment
 
 Help = tyro.conf.arg
 
@@ -74,21 +76,21 @@ def run(demo: Demo, console: Console) -> dict[str, Any]:
     """
     if not demo.methods or not demo.seeds:
         raise ConfigError("give at least one method and one seed")
-    arms = [
+    configs = [
         dataclasses.replace(demo.config, method=method, seed=seed)
         for method in dict.fromkeys(demo.methods)
         for seed in dict.fromkeys(demo.seeds)
     ]
-    problem = trainer.load_problem(arms[0])
+    problem = trainer.load_problem(configs[0])
     describe(problem, demo.config, console)
     started = time.monotonic()
     runs = [
         Run(
-            f"[{number}/{len(arms)}] {config.method}, seed {config.seed}",
+            f"[{number}/{len(configs)}] {config.method}, seed {config.seed}",
             config,
             demo.out / "arms" / f"{config.method}-s{config.seed}-{config.digest()}",
         )
-        for number, config in enumerate(arms, 1)
+        for number, config in enumerate(configs, 1)
     ]
     outcomes = train_all(runs, console)
     results: dict[str, list[Outcome]] = {}
@@ -105,7 +107,7 @@ def run(demo: Demo, console: Console) -> dict[str, Any]:
     picture = demo.out / "demo.png"
     plots.draw_demo({m: [lines for _, lines in runs] for m, runs in results.items()}, picture)
     console.print(
-        f"{len(arms)} runs in {time.monotonic() - started:.0f} s. "
+        f"{len(configs)} runs in {time.monotonic() - started:.0f} s. "
         f"Picture: {picture}, figures: {demo.out / 'summary.json'}"
     )
     return summary
@@ -114,22 +116,35 @@ def run(demo: Demo, console: Console) -> dict[str, Any]:
 def describe(problem: trainer.Problem, config: Config, console: Console) -> None:
     """Says what is trained on."""
     dataset = problem.dataset
+    if dataset.account is not None:
+        console.print(account.table(dataset.account))
+    counts = f"{len(dataset.train):,} training"
+    if problem.held_out is not None:
+        counts += f", {len(problem.held_out):,} held-out"
+    test = f"{len(dataset.test):,} test" if len(dataset.test) else "no test"
     wrong = ""
-    if not dataset.multi_label:
-        share = (dataset.train.labels != problem.true).mean()
-        wrong = f", {100 * share:.1f}% of the training labels wrong ({config.noise})"
+    if problem.noise is not None:
+        given, true = problem.noise
+        share = 100 * (given != true).mean()
+        wrong = f", {share:.1f}% of the labels wrong ({config.noise})"
+    steps = problem.order.steps_per_epoch
     console.print(
-        f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images"
-        f"{wrong}; {config.network}; k = {config.k} mini-batches of {config.b}, "
-        f"{config.epochs} epochs of {problem.order.steps_per_epoch} steps"
+        f"{dataset.name}: {counts} and {test} images of {dataset.num_classes} classes{wrong}; "
+        f"k = {config.k} mini-batches of {config.b}, {config.epochs} epochs of {steps} steps"
     )
+    if config.network == AUTO:
+        side = "×".join(map(str, dataset.image_shape[:2]))
+        console.print(
+            f"network {problem.network}, chosen for {len(dataset.train):,} images of {side} "
+            "pixels; --network takes another"
+        )
 
 
 def summarize(demo: Demo, results: dict[str, list[tuple[dict[str, Any], Any]]]) -> dict[str, Any]:
     """Means and sample standard deviations over seeds."""
     summary: dict[str, Any] = {"methods": {}}
     for method, runs in results.items():
-        names = ("test_last", "test_best", "train_noisy", "train_clean", "seconds")
+        names = ("test_last", "stopped", "test_best", "train_noisy", "train_clean", "seconds")
         summary["methods"][method] = over_seeds([result for result, _ in runs], names)
     settings = demo.config.to_json()
     del settings["method"], settings["seed"]
@@ -141,13 +156,10 @@ def summarize(demo: Demo, results: dict[str, list[tuple[dict[str, Any], Any]]]) 
 def table(summary: dict[str, Any]) -> Table:
     """The summary for a terminal."""
     seeds = len(summary["settings"]["seeds"])
-    result = Table(
+    return arms.table(
+        "method",
+        {LABELS.get(method) or method: row for method, row in summary["methods"].items()},
         title=f"Accuracy in %, mean ± standard deviation over {seeds} seeds",
-        caption="train: on given (noisy) and on true labels; test: last and best epoch",
+        caption="train: on given (noisy) and on true labels; test: the last epoch, the one that "
+        "held-out labels choose, the best one",
     )
-    result.add_column("method")
-    for title in COLUMNS.values():
-        result.add_column(title, justify="right")
-    for method, row in summary["methods"].items():
-        result.add_row(LABELS.get(method, method), *cells(row))
-    return result

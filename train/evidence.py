@@ -17,7 +17,8 @@ from train.methods import cross_entropy
 class Evidence(NamedTuple):
     """Sums over all visits of each example so far, on the device; part of the checkpoint.
 
-    In training mode, that is with augmentation, dropout and the mini-batch's own batch statistics.
+    In training mode, that is with augmentation, dropout and the mini-batch's own batch statistics;
+    of held-out examples at the end of every epoch, in evaluation mode.
 
     Attributes:
         visits: how often the example was seen with finite logits, int32 [n].
@@ -27,7 +28,8 @@ class Evidence(NamedTuple):
         agreed: how often the given label was the predicted one, int32 [n].
         alignment: sum of the inner products of the gradients of its cross-entropy, whatever loss
             is trained, with the momentum from before the step, divided by the momentum's length,
-            float32 [n]; in evaluation mode, but with augmentation. None where it is not gathered.
+            float32 [n]; in evaluation mode, but with augmentation; NaN for held-out examples. None
+            where it is not gathered.
     """
 
     visits: jax.Array
@@ -71,6 +73,19 @@ class Evidence(NamedTuple):
     def add(self, indices: jax.Array, seen: "Evidence") -> "Evidence":
         """Adds what was seen of the examples of these numbers, int32 of the same shape."""
         return jax.tree.map(lambda total, new: total.at[indices].add(new), self, seen)
+
+    def add_held_out(self, indices: jax.Array, labels: jax.Array, scores: jax.Array) -> "Evidence":
+        """Adds what an epoch's end shows of held-out examples, as a visit of each.
+
+        Args:
+            indices: of the examples, int32 [m].
+            labels: their given labels, int32 [m].
+            scores: log-probabilities in evaluation mode, float32 [m, classes].
+        """
+        seen = Evidence.seen(labels, scores)
+        if self.alignment is not None:  # no step goes along their gradients
+            seen = seen._replace(alignment=jnp.full(labels.shape, jnp.nan))
+        return self.add(indices, seen)
 
 
 class Means(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from train.program import OMEGA_BINS, OMEGA_RANGE, SHARE_BINS
+from train.sums import OMEGA_BINS, OMEGA_RANGE, SHARE_BINS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -22,7 +22,6 @@ STYLES = {
     "uniform": ("uniform control", "#d55e00", "-"),
     "bilevel": ("bilevel, eq. (10)", "#0072b2", "-"),
     "bilevel_exact": ("bilevel, eq. (8)", "#009e73", "-"),
-    "past": ("bilevel, validated by the past", "#e6399b", "-"),
     "coherent": ("coherent steps", "#56b4e9", "-"),
     "label_smoothing": ("label smoothing", "#b8860b", ":"),
     "dropout": ("dropout, keep 0.3", "#8c6d5a", ":"),
@@ -65,7 +64,11 @@ def draw_demo(runs: Runs, file: pathlib.Path) -> None:
     for axes in (test, memorised):
         axes.grid(alpha=0.3)
     test.legend(loc="lower left", frameon=False)
-    weighed = [method for method in ("bilevel", "bilevel_exact") if method in runs]
+    weighed = [
+        method
+        for method in ("bilevel", "bilevel_exact")
+        if method in runs and "omega_histogram" in runs[method][0][0]
+    ]
     if weighed:
         _histogram(omega, weighed[0], runs[weighed[0]])
     else:

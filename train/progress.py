@@ -1,4 +1,4 @@
-"""Progress of a run on a terminal."""
+"""Progress of a run: a bar on a terminal; elsewhere, as in a file, a line an epoch."""
 
 from typing import Any
 
@@ -11,14 +11,15 @@ from rich.progress import (
 )
 
 from train.config import Config
-from train.trainer import Options
+from train.loop import Options
 
 
 class Display:
-    """A bar for the run at hand: epoch, test accuracy, images per second, time left or taken."""
+    """The run at hand: epoch, accuracies, images per second, time left or taken."""
 
     def __init__(self, console: Console):
         """Draws on `console`."""
+        self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),
@@ -26,6 +27,7 @@ class Display:
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console,
             refresh_per_second=4,
+            disable=not console.is_terminal,
         )
 
     def __enter__(self) -> "Display":
@@ -44,11 +46,10 @@ class Display:
         task = self._progress.add_task(title, total=steps, figures="")
 
         def on_epoch(line: dict[str, Any]) -> None:
-            self._progress.update(
-                task,
-                figures=f"epoch {line['epoch']}/{config.epochs} test {line['test']:.1f}% "
-                f"{line['images_per_second']:,.0f} img/s",
-            )
+            figures = describe(line, config.epochs)
+            self._progress.update(task, figures=figures)
+            if not self._console.is_terminal:
+                self._console.print(f"{title} {figures}", soft_wrap=True)
 
         def on_step(step: int) -> None:
             self._progress.update(task, completed=step)
@@ -60,3 +61,14 @@ class Display:
         for done in self._progress.task_ids:
             self._progress.remove_task(done)
         self._progress.console.print(line)
+
+
+def describe(line: dict[str, Any], epochs: int) -> str:
+    """A line of metrics in a few words."""
+    accuracies = "".join(
+        f" {words} {line[name]:.1f}%"
+        for name, words in (("test", "test"), ("held_out", "held-out"))
+        if name in line
+    )
+    speed = f"{line['images_per_second']:,.0f} img/s"
+    return f"epoch {line['epoch']}/{epochs}{accuracies} {speed}"

@@ -1,8 +1,10 @@
 """The folder of a run: one process at a time, every file says what it is.
 
 config.json        the choices of the run
+data.json          what it must know of its data: classes, size, names of its examples, labels
+account.json       what became of every file, where the data are files
 environment.json   versions, devices, command, git revision, one entry per start
-noise.npz          given and true labels of the training examples
+noise.npz          given and true labels, where labels were changed on purpose
 metrics.jsonl      a line per epoch
 result.json        the figures of a finished run
 checkpoints/       by Orbax
@@ -21,7 +23,9 @@ from typing import IO, Any
 
 import jax
 
-from train.config import Config
+from train.config import Config, ConfigError
+from train.description import Description
+from train.files import write_json, write_text
 
 
 class RunDirectoryError(RuntimeError):
@@ -38,13 +42,22 @@ class RunDirectory:
     Attributes:
         path: the folder.
         config: what it is for.
+        description: of the data that it is for; None where they were not looked at.
         writes: whether this process writes to it: of several that share a run, one does.
     """
 
-    def __init__(self, path: pathlib.Path, config: Config, *, writes: bool = True):
-        """Takes the folder, which need not exist, and the config it is for."""
+    def __init__(
+        self,
+        path: pathlib.Path,
+        config: Config,
+        description: Description | None = None,
+        *,
+        writes: bool = True,
+    ):
+        """Takes the folder, which need not exist, and what it is for."""
         self.path = path
         self.config = config
+        self.description = description
         self.writes = writes
         self._lock: IO[str] | None = None
 
@@ -53,12 +66,19 @@ class RunDirectory:
 
         Raises:
             InUseError: if another process holds it.
-            RunDirectoryError: if it holds a run of another config.
+            RunDirectoryError: if it holds a run of another config, or on other data.
+            ConfigError: if it cannot be written to.
         """
         if not self.writes:
             return self
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "lock", "w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "w")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the run directory {self.path} ({error.strerror}): "
+                "give --out a folder that can be written to"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -68,6 +88,7 @@ class RunDirectory:
             ) from error
         try:
             self._check_config()
+            self._check_data()
             self._append_environment()
         except BaseException:
             self._lock.close()
@@ -87,10 +108,8 @@ class RunDirectory:
             # A field that came with a later version has its default in the older run.
             found = {**Config().to_json(), **found}
             differ = [name for name in wanted if found[name] != wanted[name]]
-            if "data_dir" in differ and self.config.dataset != "folder":  # the data have moved
+            if "data_dir" in differ:  # the data have moved; whether they changed data.json says
                 differ.remove("data_dir")
-                if not differ:
-                    write_json(file, wanted)
             if differ:
                 name = differ[0]
                 raise RunDirectoryError(
@@ -99,8 +118,21 @@ class RunDirectory:
                     + (f" ({len(differ) - 1} more differ)" if len(differ) > 1 else "")
                     + "; take another folder, or delete this one"
                 )
-        else:
-            write_json(file, wanted)
+
+    def _check_data(self) -> None:
+        """Compares the data with those of the run, or of a new one notes them."""
+        file = self.path / "data.json"
+        if self.description is not None:
+            if file.exists():
+                differ = Description.read(self.path).differences(self.description)
+                if differ:
+                    raise RunDirectoryError(
+                        f"{self.path} holds a run on other data: {'; '.join(differ)}; train on "
+                        "the data as they are now in another folder (--out), or delete this one"
+                    )
+            else:
+                self.description.write(self.path)
+        write_json(self.path / "config.json", self.config.to_json())
 
     def _append_environment(self) -> None:
         file = self.path / "environment.json"
@@ -116,7 +148,7 @@ class RunDirectory:
         kept = [line for line in self.metrics() if line["step"] <= before_step]
         if self.writes:
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            _replace(self.path / "metrics.jsonl", text)
+            write_text(self.path / "metrics.jsonl", text)
         return kept
 
     def append_metrics(self, line: dict[str, Any]) -> None:
@@ -125,6 +157,15 @@ class RunDirectory:
             return
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def read_result(path: pathlib.Path) -> dict[str, Any] | None:
+    """The result of a finished run; None where it must go on, or its last checkpoint is gone."""
+    file = path / "result.json"
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text())
+    return result if (path / "checkpoints" / str(result["steps"])).is_dir() else None
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -157,14 +198,3 @@ def environment() -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "devices": [str(device.device_kind) for device in jax.devices()],
     }
-
-
-def write_json(file: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file in one piece: it is there whole or not at all."""
-    _replace(file, json.dumps(value, indent=1) + "\n")
-
-
-def _replace(file: pathlib.Path, text: str) -> None:
-    temporary = file.with_suffix(file.suffix + ".new")
-    temporary.write_text(text)
-    temporary.replace(file)

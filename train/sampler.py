@@ -250,6 +250,55 @@ def hold_out(labels: np.ndarray, ratio: float, *, seed: int) -> np.ndarray:
     return np.sort(_class_tuples(classes.ids, counts, 1)(rng).ravel())
 
 
+def keep_back(labels: np.ndarray, share: float, *, seed: int) -> np.ndarray:
+    """Chooses the examples that no step trains on: a share of each class.
+
+    At least one example of every class that has two; of a class with one, none. With several
+    labels per example a share of all, whatever their labels.
+
+    Args:
+        labels: ``int [n]``, the given labels, or multi-hot ``[n, c]``.
+        share: Above 0 and below 1.
+        seed: A non-negative integer.
+
+    Returns:
+        The indices of the chosen examples, sorted, ``int64 [m]``; empty where no class has two.
+    """
+    rng = np.random.default_rng([seed, 0x4E1D])  # apart from the streams of the epochs
+    labels = np.asarray(labels)
+    ids = np.zeros(len(labels), int) if labels.ndim == 2 else labels
+    classes = _Classes(ids, None)
+    counts = np.maximum(1, np.rint(share * classes.counts).astype(np.int64))
+    counts[classes.counts < 2] = 0
+    return np.sort(_class_tuples(classes.ids, counts, 1)(rng).ravel())
+
+
+class Turns:
+    """Examples in turn, some at a time: all of them before any comes again.
+
+    A pure function of the seed and the number of the turn, as the samplers are.
+
+    Attributes:
+        size: How many examples a turn has.
+    """
+
+    def __init__(self, examples: np.ndarray, size: int, *, seed: int):
+        """Takes ``int [m]`` examples; a turn has `size` of them, or all where they are fewer."""
+        self._examples = np.asarray(examples, np.int32)
+        self._seed = seed
+        self.size = min(size, len(self._examples))
+        self._per_round = len(self._examples) // self.size
+        self._cached: tuple[int, np.ndarray] | None = None
+
+    def __getitem__(self, turn: int) -> np.ndarray:
+        """The examples of a turn, ``int32 [size]``."""
+        number, place = divmod(turn, self._per_round)
+        if self._cached is None or self._cached[0] != number:
+            rng = np.random.default_rng([self._seed, 0x7024, number])
+            self._cached = number, rng.permutation(self._examples)
+        return self._cached[1][place * self.size : (place + 1) * self.size]
+
+
 def multi_label(labels: np.ndarray, k: int, b: int, *, seed: int) -> Sampler:
     """Mini-batches of similar label sets, for examples with several labels each.
 

@@ -11,56 +11,101 @@ import jax
 import numpy as np
 from PIL import Image
 
-from train import evidence, trainer
+from train import data, evidence, saved
 from train.config import ConfigError
+from train.description import Description
+from train.problem import load_dataset, load_problem
 
 _LARGEST_SIDE = 160  # pixels of a picture on the page; larger images are scaled down
 
 
 class Suspects(NamedTuple):
-    """Every training example of a run, the most suspicious first.
+    """The examples of a run, the most suspicious first.
 
     Attributes:
-        positions: where they are in the split that the run trained on, int [n].
+        names: of the examples: files or, where there are none, numbers.
+        given: the labels that they had in the run, int [n].
         suggested: the labels that the network gives, int [n]; often the given ones.
+        true: the true labels, int [n]; None where nobody knows them.
+        held_out: whether the example was held out, bool [n].
         means: the evidence, [n] each.
-        problem: what the run trained on.
+        pictures: the images, in this order.
+        description: of the run's data.
+        gone: names of examples whose pictures are no longer there.
+        relabelled: names of examples whose label is no longer the one that the run had.
     """
 
-    positions: np.ndarray
+    names: tuple[str, ...]
+    given: np.ndarray
     suggested: np.ndarray
+    true: np.ndarray | None
+    held_out: np.ndarray
     means: evidence.Means
-    problem: trainer.Problem
-
-    @property
-    def given(self) -> np.ndarray:
-        """The given labels, int [n]."""
-        return self.problem.dataset.train.labels[self.positions]
-
-    @property
-    def true(self) -> np.ndarray:
-        """The true labels, int [n]: the given ones, but where the run made label noise."""
-        return self.problem.true[self.positions]
+    pictures: data.Split
+    description: Description
+    gone: tuple[str, ...] = ()
+    relabelled: tuple[str, ...] = ()
 
 
 def rank(directory: pathlib.Path) -> Suspects:
-    """Ranks the training examples of a run by the evidence of its newest checkpoint.
+    """Ranks the examples of a run by the evidence of its newest checkpoint.
 
     Examples are sorted by `train.evidence.Means.score`; those never seen come last. The suggested
-    label is the network's prediction for the image without augmentation.
+    label is what the chosen network predicts for the image without augmentation. Pictures are
+    matched with the evidence by name: of those that are gone nothing can be shown, and to those
+    with another label by now the evidence does not apply.
 
     Raises:
         ConfigError: if there is no run or no checkpoint, or if images have several labels.
+        DataNotFoundError: if the data are not there.
     """
-    config, problem, program, state = trainer.open_run(directory)
-    if state.evidence is None:
+    run = saved.open_run(directory)
+    about = run.description
+    if run.state.evidence is None or about.labels is None:
         raise ConfigError(
-            f"{config.dataset} has several labels per example: suspects are for one label each"
+            f"{run.config.dataset} has several labels per example: suspects are for one label each"
         )
-    means = evidence.means(state.evidence)
-    order = np.argsort(-means.score, kind="stable")  # NaN last
-    suggested = np.argmax(trainer.predict(program, state, problem.dataset.train), axis=-1)
-    return Suspects(order, suggested[order], jax.tree.map(lambda x: x[order], means), problem)
+    positions, pictures, gone, relabelled = _matched(run)
+    if not len(positions):
+        raise ConfigError(f"none of the pictures that {directory} was trained on is still there")
+    means = evidence.means(run.state.evidence)
+    suggested = np.argmax(run.scores(pictures), axis=-1)
+    order = np.argsort(-means.score[positions], kind="stable")  # NaN last
+    chosen = positions[order]
+    true = None if about.own_labels is None else np.array(about.own_labels)[chosen]
+    return Suspects(
+        names=tuple(about.names[i] for i in chosen),
+        given=np.array(about.labels)[chosen],
+        suggested=suggested[order],
+        true=true,
+        held_out=chosen >= len(about.train),
+        means=jax.tree.map(lambda x: x[chosen], means),
+        pictures=pictures.take(order),
+        description=about,
+        gone=gone,
+        relabelled=relabelled,
+    )
+
+
+def _matched(
+    run: saved.Saved,
+) -> tuple[np.ndarray, data.Split, tuple[str, ...], tuple[str, ...]]:
+    """Positions of the examples that are as they were, their pictures; names gone, relabelled."""
+    about, dataset = run.description, load_dataset(run.config)
+    if not about.differences(load_problem(run.config).description):
+        return np.arange(len(about.names)), load_problem(run.config).everything, (), ()
+    place = {name: i for i, name in enumerate(dataset.train_names)}
+    labels = about.labels if about.own_labels is None else about.own_labels
+    kept, gone, relabelled = [], [], []
+    for position, (name, label) in enumerate(zip(about.names, labels or (), strict=True)):
+        if name not in place:
+            gone.append(name)
+        elif dataset.class_names[dataset.train.labels[place[name]]] != about.class_names[label]:
+            relabelled.append(name)
+        else:
+            kept.append(position)
+    pictures = dataset.train.take(np.array([place[about.names[i]] for i in kept], int))
+    return np.array(kept, int), pictures, tuple(gone), tuple(relabelled)
 
 
 def measure(suspects: Suspects) -> dict[str, float]:
@@ -73,10 +118,12 @@ def measure(suspects: Suspects) -> dict[str, float]:
         ``suggested``: share of the wrong labels whose suggested label is the true one.
 
     Raises:
-        ValueError: if all labels are right, or all wrong.
+        ValueError: if nobody knows the true labels, or all labels are right, or all wrong.
     """
     from sklearn.metrics import roc_auc_score
 
+    if suspects.true is None:
+        raise ValueError("nobody knows which labels are wrong")
     wrong = suspects.given != suspects.true
     if wrong.all() or not wrong.any():
         raise ValueError("needs right and wrong labels to tell apart")
@@ -89,28 +136,26 @@ def measure(suspects: Suspects) -> dict[str, float]:
 
 
 def write_csv(suspects: Suspects, file: pathlib.Path) -> None:
-    """Writes a line per training example, the most suspicious first.
+    """Writes a line per example, the most suspicious first.
 
-    Columns: ``example``, its number in the training split of the data set; ``file``, for data from
-    a folder; ``given`` and ``suggested``, names of classes; ``score``, ``loss``, ``agreement`` and,
-    where it was gathered, ``alignment``, as in `train.evidence.Means`, empty for an example never
-    seen.
+    Columns: ``file`` or, where the data are not files, ``example``, its number in the training
+    split of the data set; ``given`` and ``suggested``, names of classes; ``score``, ``loss``,
+    ``agreement`` and, where it was gathered, ``alignment``, as in `train.evidence.Means`, empty
+    for an example never seen.
     """
-    problem, means = suspects.problem, suspects.means
-    names, files = problem.dataset.class_names, problem.dataset.train_files
+    means, classes = suspects.means, suspects.description.class_names
     with open(file, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         gathered = {name: x for name, x in means._asdict().items() if x is not None}
-        columns = ("given", "suggested", *gathered)
-        writer.writerow(["example", *(["file"] if files else []), *columns])
-        for i, example in enumerate(problem.examples[suspects.positions]):
+        what = "file" if suspects.description.has_files else "example"
+        writer.writerow([what, "given", "suggested", *gathered])
+        for i, name in enumerate(suspects.names):
             figures = (x[i] for x in gathered.values())
             writer.writerow(
                 [
-                    example,
-                    *([files[example]] if files else []),
-                    names[suspects.given[i]],
-                    names[suspects.suggested[i]],
+                    name,
+                    classes[suspects.given[i]],
+                    classes[suspects.suggested[i]],
                     *("" if np.isnan(x) else f"{x:.4f}" for x in figures),
                 ]
             )
@@ -118,30 +163,27 @@ def write_csv(suspects: Suspects, file: pathlib.Path) -> None:
 
 def write_page(suspects: Suspects, file: pathlib.Path, count: int, title: str) -> None:
     """Writes a page of the `count` most suspicious images; it needs no other file."""
-    problem, means = suspects.problem, suspects.means
-    dataset = problem.dataset
+    means, about = suspects.means, suspects.description
     count = min(count, int(np.isfinite(means.score).sum()))
-    positions = suspects.positions[:count]
     tiles = []
-    for i, pixels in enumerate(dataset.train.read(positions) if count else []):
-        example = int(problem.examples[positions[i]])
+    for i, pixels in enumerate(suspects.pictures.read(np.arange(count)) if count else []):
         given, suggested = (
-            html.escape(dataset.class_names[x]) for x in (suspects.given[i], suspects.suggested[i])
+            html.escape(about.class_names[x]) for x in (suspects.given[i], suspects.suggested[i])
         )
-        source = f"example {example}"
-        if dataset.train_files:
-            source = html.escape(dataset.train_files[example])
+        source = html.escape(suspects.names[i])
+        if not about.has_files:
+            source = f"example {source}"
         labels = f"<s>{given}</s> → <b>{suggested}</b>" if suggested != given else given
         tiles.append(
             f'<li><img alt="{source}: {given}" '
-            f'src="data:image/png;base64,{_png(pixels, dataset.max_value)}">'
+            f'src="data:image/png;base64,{_png(pixels, about.max_value)}">'
             f"<p>{labels}</p><small>{source}<br>score {means.score[i]:.2f}</small></li>"
         )
     above = int((means.score > 0).sum())
     file.write_text(
         _PAGE.format(
             title=html.escape(title),
-            summary=f"The {count:,} most suspicious of {len(means.score):,} training examples; "
+            summary=f"The {count:,} most suspicious of {len(means.score):,} examples; "
             f"{above:,} have a score above 0.",
             tiles="\n".join(tiles),
         ),

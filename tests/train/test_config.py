@@ -5,19 +5,21 @@ import typing
 import pytest
 
 import models
-from train import augment, data, methods, noise
+from train import augment, data, methods, noise, optimizers
 from train.config import Config, ConfigError
 
 CHOICES = {
     "dataset": data.NAMES,
-    "network": models.names(),
+    "network": ("auto", *models.names()),
+    "optimizer": optimizers.NAMES,
+    "bad_files": ("error", "skip"),
     "method": methods.NAMES,
     "augmentation": augment.PRESETS,
     "noise": noise.KINDS,
     "groups": ("all", "layer", "leaf"),
     "form": ("auto", "streaming", "stacked", "multi_steps", "collective"),
     "bootstrap": ("hard", "soft"),
-    "sampling": ("stratified", "random"),
+    "sampling": ("auto", "stratified", "random"),
     "pixels": ("natural", "random", "shuffled"),
     "schedule": ("constant", "exponential", "steps", "linear"),
     "dropout_masks": ("shared", "independent"),
@@ -84,22 +86,33 @@ def test_noise_may_be_a_file():
         ({"dropout_rate": 1.0}, "dropout_rate must be from 0 to below 1, got 1.0"),
         ({"hidden": (16, 0)}, "hidden must be widths of at least 1, got (16, 0)"),
         ({"num_validation": 0}, "num_validation must be from 1 to k - 1 = 7, got 0"),
-        ({"coherence_gain": 0.0}, "coherence_gain must be positive and finite, got 0.0"),
-        ({"past_decay": 1.0}, "past_decay must be from 0 to below 1, got 1.0"),
-        ({"coherence_decay": 1.0}, "coherence_decay must be from 0 to below 1, got 1.0"),
-        ({"coherence_margin": -1.0}, "coherence_margin must be at least 0, got -1.0"),
-        ({"coherence_warmup": 1.5}, "coherence_warmup must be from 0 to 1, got 1.5"),
+        ({"held_out": -0.1}, "held_out must be from 0 to 0.5, got -0.1"),
+        ({"held_out": 0.6}, "held_out must be from 0 to 0.5, got 0.6"),
         (
-            {"method": "past", "num_validation": 2},
-            "num_validation is for bilevel methods; with past all k train",
+            {"method": "coherent", "held_out": 0.0},
+            "method coherent judges its steps by a held-out part of the data: give held_out 0.1 "
+            "or another share, or take another method",
         ),
         (
-            {"method": "past", "validation_ratio": 0.1},
-            "validation_ratio is for bilevel methods; with past all k train",
+            {"method": "coherent", "num_validation": 2},
+            "num_validation is for bilevel methods; with coherent all k train",
         ),
         (
-            {"method": "past", "batch_statistics": "validation"},
-            "batch_statistics = validation: with past all k train; known: mean, training",
+            {"method": "coherent", "validation_ratio": 0.1},
+            "validation_ratio is for bilevel methods; with coherent all k train",
+        ),
+        (
+            {"method": "coherent", "batch_statistics": "validation"},
+            "batch_statistics = validation: with coherent all k train; known: mean, training",
+        ),
+        (
+            {"optimizer": "adamw", "momentum": 0.5},
+            "momentum is for the optimizer sgd, not adamw",
+        ),
+        (
+            {"method": "sgd", "optimizer": "rmsprop", "example_alignment": True},
+            "example_alignment needs an optimizer with momentum: sgd, adam, adamw, nadamw, lion, "
+            "or the method coherent",
         ),
         ({"k": 4, "num_validation": 4}, "num_validation must be from 1 to k - 1 = 3, got 4"),
         (
@@ -107,7 +120,7 @@ def test_noise_may_be_a_file():
             "hidden is for the network mlp, not cifarnet",
         ),
         (
-            {"pretrained": "w.safetensors"},
+            {"pretrained": "w.safetensors", "network": "mlp"},
             "weights in .safetensors are for the network resnet50, not mlp",
         ),
         ({"clean_validation": True}, "clean_validation needs a validation_ratio above 0"),
@@ -132,8 +145,8 @@ def test_values_at_the_ends_of_their_ranges_are_taken():
 OTHER = {
     "dataset": "mnist", "data_dir": "somewhere", "image_size": 9, "train_size": 7, "test_size": 8,
     "network": "cifarnet", "hidden": (3, 4), "augmentation": "inception", "method": "uniform",
-    "k": 9, "b": 9, "past_decay": 0.5, "coherence_decay": 0.5, "coherence_gain": 2.0,
-    "coherence_margin": 1.0, "coherence_warmup": 0.2,
+    "k": 9, "b": 9, "labels": "labels.csv", "bad_files": "skip", "held_out": 0.2,
+    "optimizer": "adamw",
     "lam": 2.0, "mu": 0.02, "num_validation": 2, "normalize": False, "nonnegative": True,
     "smoothing": 0.2, "mixup_alpha": 0.4, "bootstrap": "soft", "bootstrap_beta": 0.9,
     "channel_noise": 0.1, "loss_percentile": 50.0, "group_norm": 1.0,

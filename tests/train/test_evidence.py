@@ -12,6 +12,7 @@ from train.config import ConfigError
 from train.evidence import Evidence
 from train.methods import cross_entropy
 from train.run_directory import read_metrics
+from train.state import Examples, Measured
 
 
 def in_numpy(logits, labels):
@@ -67,7 +68,7 @@ def test_a_step_adds_its_own_logits_from_before_the_update():
     of, batch = config(method="sgd"), raw()
     indices = np.random.default_rng(1).permutation(50)[:32].reshape(4, 8).astype(np.int32)
     state = start(of)._replace(evidence=Evidence.zeros(50))
-    program = build(of, num_examples=50)
+    program = build(of, num_train=50)
     images = batch.images.reshape(-1, *batch.images.shape[2:])
     logits = program.predict(state.params, state.batch_stats, images, KEY)
     after = jax.device_get(
@@ -88,7 +89,7 @@ def test_gathering_evidence_leaves_the_training_as_it_is():
     assert plain.evidence is None
     indices = np.arange(32, dtype=np.int32).reshape(4, 8)
     state = start(of)._replace(evidence=Evidence.zeros(32))
-    program = build(of, num_examples=32)
+    program = build(of, num_train=32)
     gathered = program.step(state, jax.device_put(batch._replace(indices=indices)), KEY)
     tiny.assert_same_bits(gathered._replace(evidence=None), plain)
 
@@ -96,8 +97,10 @@ def test_gathering_evidence_leaves_the_training_as_it_is():
 @pytest.mark.parametrize("method", ["sgd", "bilevel", "coherent"])
 def test_a_step_adds_every_gradient_s_inner_product_with_the_momentum(method):
     of, batch = config(method=method, example_alignment=True), raw()
-    batch = batch._replace(indices=np.arange(32, dtype=np.int32)[::-1].reshape(4, 8))
-    program = build(of, num_examples=32)
+    judges = Examples(batch.images.reshape(32, 8, 8, 1)[:16], batch.labels.ravel()[:16])
+    indices = np.arange(32, dtype=np.int32)[::-1].reshape(4, 8)
+    batch = batch._replace(indices=indices, judges=judges)
+    program = build(of, num_train=32)
     state = program.step(program.init(KEY), jax.device_put(batch), KEY)
     np.testing.assert_array_equal(state.evidence.alignment, 0)  # there was no momentum yet
     state = jax.device_get(state)
@@ -122,7 +125,7 @@ def test_alignment_leaves_the_training_as_it_is_and_averages_over_visits():
     batch = raw()._replace(indices=np.arange(32, dtype=np.int32).reshape(4, 8))
     results = []
     for alignment in (False, True):
-        program = build(config(example_alignment=alignment), num_examples=32)
+        program = build(config(example_alignment=alignment), num_train=32)
         state = program.init(KEY)
         for _ in range(3):
             state = program.step(state, jax.device_put(batch), KEY)
@@ -139,13 +142,34 @@ def test_alignment_leaves_the_training_as_it_is_and_averages_over_visits():
 
 def test_alignment_of_several_labels_is_refused():
     with pytest.raises(ConfigError, match="one label per image, and digits has several"):
-        build(config(noise="none", example_alignment=True), num_examples=32, multi_label=True)
+        build(config(noise="none", example_alignment=True), num_train=32, multi_label=True)
+
+
+def test_the_end_of_an_epoch_is_a_visit_of_the_held_out_examples():
+    of = config(held_out=0.1, example_alignment=True)
+    program = build(of, num_train=32, num_held_out=5)
+    state = program.init(KEY)
+    batch = raw()._replace(indices=np.arange(32, dtype=np.int32).reshape(4, 8))
+    labels = np.array([0, 1, 2, 3, 4], np.int32)
+    scores = jax.nn.log_softmax(jax.random.normal(KEY, (5, CLASSES)) * 3)
+    for _ in range(2):
+        state = program.step(state, jax.device_put(batch), KEY)
+        state = program.new_epoch(state, Measured(np.array(True), labels, scores))
+    gathered = jax.device_get(state.evidence)
+    loss, margin, agreed = in_numpy(scores, labels)
+    np.testing.assert_array_equal(gathered.visits, 2)
+    np.testing.assert_allclose(gathered.loss[32:], 2 * loss, rtol=1e-5)
+    np.testing.assert_allclose(gathered.margin[32:], 2 * margin, rtol=1e-5)
+    np.testing.assert_array_equal(gathered.agreed[32:], 2 * agreed)
+    means = evidence.means(gathered)
+    assert np.isnan(means.alignment[32:]).all()
+    assert np.isfinite(means.alignment[:32]).all()
 
 
 def test_several_labels_have_no_evidence():
-    program = build(config(noise="none"), num_examples=32, multi_label=True)
+    program = build(config(noise="none"), num_train=32, multi_label=True)
     assert jax.eval_shape(program.init, KEY).evidence is None
-    shape = jax.eval_shape(build(config(), num_examples=32).init, KEY).evidence.margin.shape
+    shape = jax.eval_shape(build(config(), num_train=32).init, KEY).evidence.margin.shape
     assert shape == (32,)
     assert CLASSES == 10  # of one label each
 

@@ -10,9 +10,9 @@ from flax import nnx
 import models
 from benchmarks import traffic
 from tests.train import tiny
-from train import mesh, trainer
+from train import feed, mesh
 from train import program as program_module
-from train.program import RawBatch
+from train.state import Examples, RawBatch
 
 SHAPE, CLASSES, B, STEPS = (8, 8, 1), 10, 8, 3
 
@@ -52,17 +52,26 @@ def raw(k, seed):
     return RawBatch(images, given, true, np.arange(k * B, dtype=np.int32).reshape(k, B))
 
 
+def judges(program, seed):
+    """Held-out examples that judge the step, where the method asks for them."""
+    if not program.judges:
+        return None
+    rng = np.random.default_rng(100 + seed)
+    images = rng.integers(0, 17, (program.judges, *SHAPE), np.uint8)
+    return Examples(images, rng.integers(0, CLASSES, program.judges, np.int32))
+
+
 def put(batch, program):
     """A batch on the program's mesh, and whole what every device is to have whole."""
     copies = program.copies
     with_copies = jax.tree.map(lambda x: np.concatenate([x[:copies], x]), batch)
-    return trainer.place(with_copies, program.layout, batch.labels.shape, copies)
+    return feed.place(with_copies, program.layout, batch.labels.shape, copies)
 
 
 def train(of, layout):
     """The state after some steps, and the scores of 16 images."""
     build = program_module._build.__wrapped__
-    program = build(of, SHAPE, 16, CLASSES, False, 4, layout, of.k * B)
+    program = build(of, SHAPE, 16, CLASSES, False, 4, layout, of.k * B, 0)
     key = jax.random.key(3)
     state = program.init(jax.random.key(0))
     place = jax.device_put if layout is None else functools.partial(put, program=program)
@@ -72,6 +81,8 @@ def train(of, layout):
         images = layout.place(images, (16,))
     for seed in range(STEPS):
         batch = place(jax.tree.map(np.ascontiguousarray, raw(of.k, seed)))
+        put_judges = jax.device_put if layout is None else layout.copy
+        batch = batch._replace(judges=put_judges(judges(program, seed)))
         with jax.transfer_guard("disallow"):
             state = program.step(state, batch, key)
     return state, program.predict(state.params, state.batch_stats, images, key)
@@ -110,10 +121,6 @@ def slow(*values):
         slow("mixup", 4, False, {}),
         slow("mentornet", 8, True, {}),
         slow("azadi", 8, False, {}),
-        slow("past", 16, True, {"past_decay": 0.5}),
-        slow("past", 16, False, {}),
-        slow("past", 8, True, {}),
-        slow("past", 4, False, {}),
         ("coherent", 16, True, {"example_alignment": True}),
         slow("coherent", 8, False, {}),
         slow("coherent", 4, False, {"batch_statistics": "training"}),
@@ -124,39 +131,32 @@ def test_trains_to_the_state_of_one_device(method, k, sharded, changes):
     expected = train(config(**{**of.to_json(), "form": "auto", "hidden": of.hidden}), None)
     layout = mesh.choose(k, B, sharded=sharded)
     actual = train(of, layout)
-    if method == "past":  # whose average is cut into rows where each device keeps a part
-        rows = max(jax.tree.leaves(actual[0].method), key=lambda x: x.size)
-        parts = 8 if sharded or k <= 8 else 1
-        assert rows.addressable_shards[0].data.size == rows.size // parts
-        actual, expected = ((x._replace(method=()), y) for x, y in (actual, expected))
     assert_close(actual, expected, 2e-5)
     if method == "coherent":
-        direction = actual[0].method.direction["first"]["kernel"].get_value()
+        direction = actual[0].opt_state.direction["first"]["kernel"].get_value()
         shard = direction.addressable_shards[0].data
         assert shard.size == direction.size // (8 if sharded else 1)
     kernel = actual[0].params["first"]["kernel"].get_value()
-    momentum = [x for x in jax.tree.leaves(actual[0].opt_state) if x.shape == kernel.shape]
-    for x in (kernel, *momentum):
+    like_it = [x for x in jax.tree.leaves(actual[0].opt_state) if x.shape == kernel.shape]
+    for x in (kernel, *like_it):
         assert x.addressable_shards[0].data.size == x.size // (8 if sharded else 1)
-    assert len(momentum) == 1
+    assert len(like_it) == (2 if method == "coherent" else 1)  # the momentum, and the direction
     assert actual[0].batch_stats["bn"]["mean"].get_value().sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("method", ["bilevel", "coherent", "past", "uniform", "sgd"])
+@pytest.mark.parametrize("method", ["bilevel", "coherent", "uniform", "sgd"])
 @pytest.mark.parametrize("k", [4, 8, 16])
 def test_a_step_moves_a_gradient_and_little_else(method, k):
     of, classes = config(method=method, k=k), 2000  # all logits are more than a gradient
     layout = mesh.choose(k, B)
-    program = program_module._build.__wrapped__(of, SHAPE, 16, classes, False, 4, layout, 512)
+    program = program_module._build.__wrapped__(of, SHAPE, 16, classes, False, 4, layout, 512, 0)
     state = program.init(layout.copy(jax.random.key(0)))
-    batch = put(raw(k, 0), program)
+    batch = put(raw(k, 0), program)._replace(judges=layout.copy(judges(program, 0)))
     text = program.step.lower(state, batch, layout.copy(jax.random.key(1))).compile().as_text()
     gradient = sum(4 * x.size for x in jax.tree.leaves(state.params))
     per_example = 100 * k * B
-    # Several mini-batches on a device with a past: both sums are exchanged, docs/forms.md.
-    times = 2 if method == "past" and k > 8 else 1
     moved = sum(traffic.bytes_moved(text, 8).values())
-    assert times * 2 * 7 / 8 * gradient < moved < 1.02 * times * 2 * 7 / 8 * gradient + per_example
+    assert 2 * 7 / 8 * gradient < moved < 1.02 * 2 * 7 / 8 * gradient + per_example
 
 
 def test_examples_of_a_mini_batch_drop_units_of_their_own():

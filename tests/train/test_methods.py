@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import optax_bilevel
 from train import mesh, methods
 from train.config import Config
-from train.methods import Aux, Batch, Task, bilevel, sgd
+from train.methods import Aux, Batch, Task, forms, sgd
 
 K, B, CLASSES = 8, 4, 3
 
@@ -52,7 +54,6 @@ def loss_fn(params, batch, criterion=methods.cross_entropy):
 
 PARAMS = make_params()
 TASK = Task(num_classes=CLASSES, multi_label=False, steps_per_epoch=10, parameters=PARAMS)
-LEARNT, UNLEARNT = 10**6, 2  # classes: the loss of `PARAMS` is better than guessing, and worse
 ON_MESH = TASK._replace(layout=mesh.choose(K, B))
 LARGE = TASK._replace(parameters={"kernel": jax.ShapeDtypeStruct((1024, 513), jnp.float32)})
 CONVOLUTION = TASK._replace(parameters={"kernel": jax.ShapeDtypeStruct((3, 3, 8, 8), jnp.float32)})
@@ -199,72 +200,29 @@ def test_the_forms_agree_with_each_other(changes):
         )
 
 
-@functools.cache
-def two_steps(of, num_classes=CLASSES):
-    """The same mini-batches twice: the past of the second step is the first."""
-    task = ON_MESH if of.form == "collective" else TASK
-    method = methods.make(of, task._replace(num_classes=num_classes))
-    gradient = jax.jit(lambda *arrays: method.gradient(loss_fn, *arrays))
-    first = gradient(PARAMS, make_batches(), method.init(PARAMS))
-    return first, gradient(PARAMS, make_batches(), first.state)
+def test_coherent_has_the_gradient_of_sgd_and_wraps_the_optimizer():
+    of = config("coherent", epochs=3)
+    method = methods.make(of, TASK)
+    plain = run(config("sgd"))
+    assert_close(by_name(run(of).grads), by_name(plain.grads), 0)
+    assert run(of).weights is None
+    assert method.judges == 16
 
-
-@pytest.mark.parametrize("form", FORMS)
-def test_past_is_eq_10_with_the_mean_of_the_step_before(form):
-    first, second = two_steps(config("past", form=form, mu=0.1))
-    grads = gradients(make_batches())
-    mean = {name: x.mean(0) for name, x in grads.items()}
-    assert_close(by_name(first.grads), mean)
-    np.testing.assert_allclose(first.weights, np.full(K, 1 / K), rtol=1e-6)
-    flat, past = (
-        np.concatenate([x[name].reshape(*lead, -1) for name in grads], axis=-1)
-        for x, lead in ((grads, (K,)), (mean, ()))
+    batch = make_batches(2)
+    losses = lambda params: jnp.stack(  # noqa: E731
+        [loss_fn(params, jax.tree.map(lambda x, i=i: x[i], batch))[0] for i in range(2)]
     )
-    weights = flat @ past / (np.square(flat).sum(1) + 0.1)
-    weights = weights / np.abs(weights).sum() * (weights.sum() > 0)
-    np.testing.assert_allclose(second.weights, weights, rtol=0, atol=1e-6)
-    update = {name: np.tensordot(weights, x, 1) for name, x in grads.items()}
-    assert_close(by_name(second.grads), update)
-
-
-@pytest.mark.parametrize("form", ["streaming", "stacked", "collective"])
-def test_coherent_scales_the_step_of_the_mean_gradient(form):
-    options = {"coherence_gain": 0.5, "coherence_decay": 0.8, "coherence_margin": 0.3, "form": form}
-    cold, warm = (config("coherent", coherence_warmup=x, epochs=1, **options) for x in (0.0, 0.1))
-    first, second = two_steps(cold, LEARNT)
-    grads = gradients(make_batches())
-    mean = {name: x.mean(0) for name, x in grads.items()}
-    assert_close(by_name(first.grads), mean)
-    assert_close(by_name(second.grads), mean)
-    flat, past = (
-        np.concatenate([x[name].reshape(*lead, -1) for name in grads], axis=-1)
-        for x, lead in ((grads, (K,)), (mean, ()))
-    )
-    cosines = flat @ past / np.linalg.norm(flat, axis=1)
-    fresh = cosines.sum() / np.abs(cosines).sum()
-    coherence = 0.8 + 0.2 * fresh
-    deviation = np.sqrt(0.2 / 1.8 * 0.2 * (fresh - 1) * (fresh - coherence))
-    factor = 0.5 * (coherence - 0.3 * deviation)
-    np.testing.assert_allclose([first.step_size, second.step_size], [0.5, factor], 1e-6)
-    assert coherence < 0.999
-    sizes = [step.step_size for step in two_steps(warm, LEARNT)]  # a warm-up of one step of ten
-    np.testing.assert_allclose(sizes, [1, factor], 1e-6)
-    assert [step.step_size for step in two_steps(cold, UNLEARNT)] == [1, 1]
-
-
-def test_coherent_takes_a_margin_and_a_longer_memory_in_long_runs():
-    def state_after_two(epochs, **options):  # of ten steps
-        of = config("coherent", coherence_warmup=0.0, coherence_gain=0.5, epochs=epochs, **options)
-        state = two_steps(of, LEARNT)[1].state
-        return state.step_size, *(x.sum() for x in jax.tree.leaves(state.direction))
-
-    by_itself = state_after_two(1000)
-    assert by_itself == state_after_two(1, coherence_margin=1.0, past_decay=0.99)
-    short = state_after_two(999)
-    assert short == state_after_two(1000, coherence_margin=0.0, past_decay=0.97)
-    assert all(x != y for x, y in zip(by_itself, short, strict=True))
-    long = methods.make(config("coherent", epochs=1000), TASK)
-    assert long.how.startswith("the mean of 8 gradients, steps scaled, margin 1, ")
+    wrapped = method.optimizer(optax.sgd(0.1, momentum=0.9))
+    documented = optax_bilevel.coherent_steps(optax.sgd(0.1, momentum=0.9), total_steps=30)
+    results = []
+    for tx in (wrapped, documented):
+        params, state = PARAMS, tx.init(PARAMS)
+        for _ in range(3):
+            updates, state = tx.update(plain.grads, state, params, losses_fn=losses)
+            params = optax.apply_updates(params, updates)
+        results.append((params, state))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert isinstance(results[0][1], optax_bilevel.CoherentStepsState)
 
 
 def test_the_stack_of_convolutions_has_no_grouped_ones():
@@ -275,7 +233,7 @@ def test_the_stack_of_convolutions_has_no_grouped_ones():
         return jnp.mean(jnp.square(x)), Aux(jnp.mean(x, axis=(1, 2)), ())
 
     params = {"kernel": jax.random.normal(jax.random.key(0), (2, 2, 1, 3))}
-    of_all = functools.partial(bilevel.all_gradients, convolve)
+    of_all = functools.partial(forms.all_gradients, convolve)
     losses, aux, stack = jax.jit(of_all)(params, make_batches())
     assert losses.shape == (K,)
     assert aux.logits.shape == (K, B, 3)
@@ -322,16 +280,14 @@ def test_every_method_says_how_it_computes(method):
             "noise_layer": f"a noise channel that starts from 0.3, {sgd.HOW}",
             "mentornet": f"examples weighed by percentile 75 of the losses, {sgd.HOW}",
             "azadi": f"group norm of the last layer times 10, {sgd.HOW}",
-            "past": "streaming form (chosen) on cpu",
-            "coherent": "the mean of 8 gradients, steps scaled, streaming form (chosen) on cpu",
+            "coherent": f"{sgd.HOW}, steps of sgd judged by 16 held-out ones",
         }[method]
     )
 
 
-@pytest.mark.parametrize("method", ["bilevel", "past", "coherent"])
 @pytest.mark.parametrize("task", [TASK, LARGE, CONVOLUTION])
-def test_gradients_are_streamed_on_a_cpu_whatever_their_size(task, method):
-    assert "streaming form (chosen)" in methods.make(config(method), task).how
+def test_gradients_are_streamed_on_a_cpu_whatever_their_size(task):
+    assert "streaming form (chosen)" in methods.make(config(), task).how
     assert "stacked form (chosen)" in methods.make(config("bilevel_exact"), task).how
 
 
@@ -340,10 +296,8 @@ def test_small_gradients_are_stacked_on_a_gpu(monkeypatch):
     for task in (LARGE, CONVOLUTION):
         assert "stacked form (chosen) on gpu" in methods.make(config(), task).how
     assert "streaming form" in methods.make(config(k=32), LARGE).how  # 64.1 MiB
-    assert bilevel.chunk_size() == 4
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert "streaming form (chosen) on tpu" in methods.make(config(), TASK).how
-    assert bilevel.chunk_size() is None
 
 
 def test_a_form_that_was_asked_for_is_not_called_chosen():
@@ -353,18 +307,13 @@ def test_a_form_that_was_asked_for_is_not_called_chosen():
 
 @pytest.mark.parametrize(
     "method",
-    [name for name in methods.NAMES if not name.startswith(("bilevel", "past", "coherent"))],
+    [name for name in methods.NAMES if not name.startswith("bilevel")],
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_are_for_methods_that_weigh(method, form):
     message = f"method {method} weighs nothing: form {form} is for bilevel methods"
     with pytest.raises(ValueError, match=message):
         config(method, form=form)
-
-
-def test_coherent_steps_have_no_form_of_one_gradient_a_call():
-    with pytest.raises(ValueError, match="multi_steps is not for coherent; known: auto, st"):
-        config("coherent", form="multi_steps")
 
 
 @pytest.mark.parametrize("form", ["streaming", "multi_steps"])

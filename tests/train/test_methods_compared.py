@@ -17,7 +17,7 @@ from train.methods import Aux, Task
 from train.methods.azadi import group_norm
 from train.methods.mentornet import Curriculum
 from train.methods.noise_layer import NoiseLayer
-from train.program import RawBatch
+from train.state import RawBatch
 
 CLASSES = 3
 TASK = Task(num_classes=CLASSES, multi_label=False, steps_per_epoch=10, parameters=())

@@ -9,9 +9,11 @@ from flax import nnx
 
 import models
 from tests.train import tiny
+from train import optimizers
 from train import program as program_module
 from train.config import Config
-from train.program import OMEGA_BINS, OMEGA_RANGE, SHARE_BINS, RawBatch, State, Sums
+from train.state import RawBatch, State
+from train.sums import OMEGA_BINS, OMEGA_RANGE, SHARE_BINS, Sums
 
 KEY = jax.random.key(7)
 SHAPE, CLASSES, MAX_VALUE = (8, 8, 1), 10, 16
@@ -47,7 +49,7 @@ def initial(seed=0):
 
 def start(of, params=None, batch_stats=None):
     params = jax.device_put(initial().params if params is None else params)
-    state = initial()._replace(opt_state=program_module.optimizer(of, 4).init(params))
+    state = initial()._replace(opt_state=optimizers.make(of, 4).init(params))
     batch_stats = state.batch_stats if batch_stats is None else batch_stats
     return jax.device_put(state._replace(params=params, batch_stats=batch_stats))
 
@@ -169,7 +171,7 @@ def test_momentum_adds_up_reweighted_gradients():
 )
 def test_schedules(schedule, epochs, expected):
     of = Config(schedule=schedule, epochs=epochs, learning_rate=0.2, decay=0.9)
-    rate = program_module.learning_rate(of, steps_per_epoch=4)
+    rate = optimizers.learning_rate(of, steps_per_epoch=4)
     for step, value in expected.items():
         assert float(rate(step)) == pytest.approx(value, rel=1e-6, abs=1e-9), step
 
@@ -316,17 +318,6 @@ def test_prediction_uses_the_running_averages_and_leaves_them():
     together = program.predict(state.params, state.batch_stats, images, KEY)
     alone = program.predict(state.params, state.batch_stats, images[:1], KEY)
     np.testing.assert_allclose(together[:1], alone, atol=1e-5)
-
-
-@pytest.mark.usefixtures("_batch_normalized")
-def test_coherent_steps_say_that_they_have_not_held_with_batch_norm():
-    note = "with batch norm it learnt too little"
-    assert note in build(config(method="coherent", hidden=None)).how
-    assert note not in build(config(method="bilevel", hidden=None)).how
-
-
-def test_coherent_steps_do_not_say_so_without():
-    assert "batch norm" not in build(config(method="coherent")).how
 
 
 @pytest.mark.usefixtures("_batch_normalized")
@@ -548,7 +539,7 @@ def test_the_optimizer_is_what_the_docstring_says():
     of = config(clip_norm=1.0, weight_decay=0.1, momentum=0.9)
     params = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full(2, 2.0)}
     grads = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.zeros(2)}
-    tx = program_module.optimizer(of, 4)
+    tx = optimizers.make(of, 4)
     updates, _ = tx.update(grads, tx.init(params), params)
     # clipped to norm 1: 0.5 each; decayed: 0.5 + 0.1 · 2; times the rate 0.5
     np.testing.assert_allclose(updates["kernel"], -0.5 * (0.5 + 0.2), rtol=1e-6)

@@ -35,6 +35,7 @@ from train.experiments.common import ABLATED, LAPTOP, Arm, Experiment, Panel, Sc
 
 RESNET = Config(
     method="bilevel",
+    held_out=0.0,
     dataset="clothing1m",
     network="resnet50",
     pretrained="resnet50.safetensors",

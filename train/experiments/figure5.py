@@ -28,6 +28,7 @@ from train.experiments.common import ABLATED, LAPTOP, Arm, Experiment, Panel, Sc
 
 VOC = Config(
     method="bilevel",
+    held_out=0.0,
     dataset="voc/2007",
     network="alexnet",
     augmentation="voc",

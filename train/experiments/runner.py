@@ -130,7 +130,7 @@ def run(choice: Choice, console: Console) -> dict[str, Any]:
                 config = dataclasses.replace(arm.config, seed=seed)
                 if arm.inputs is not None:
                     before = choice.folder() / f"{arm.after}-s{seed}"
-                    if not (before / "result.json").exists():
+                    if arm_loop.outcome(before) is None:
                         console.print(f"{name}: needs {arm.after}, which is not finished")
                         continue
                     config = dataclasses.replace(config, **arm.inputs(before))
@@ -182,15 +182,8 @@ def outcomes(choice: Choice, arm: Arm) -> dict[int, Outcome]:
 def summarize(finished: dict[int, Outcome]) -> dict[str, Any]:
     """Means and sample standard deviations over seeds."""
     results = [result for result, _ in finished.values()]
-    names = (
-        "test_last",
-        "test_best",
-        "best_epoch",
-        "train_noisy",
-        "train_clean",
-        "seconds",
-        "memory_mb",
-    )
+    names = ("test_last", "stopped", "test_best", "best_epoch", "train_noisy", "train_clean",
+             "seconds", "memory_mb")  # fmt: skip
     row = arm_loop.over_seeds(results, names)
     return {**row, "steps": results[0]["steps"], "seeds": list(finished)}
 
@@ -204,13 +197,14 @@ def _alone(file: pathlib.Path) -> Iterator[None]:
 
 def table(title: str, summary: dict[str, Any]) -> Table:
     """A summary for a terminal."""
-    result = Table(title=f"{title}: accuracy in %, mean ± standard deviation over seeds")
-    result.add_column("arm", no_wrap=True)
-    for heading in (*arm_loop.COLUMNS.values(), "seeds"):
-        result.add_column(heading, justify="right")
-    for label, row in summary.items():
-        result.add_row(label, *arm_loop.cells(row), str(len(row["seeds"])))
-    return result
+    return arm_loop.table(
+        "arm",
+        {
+            label if len(row["seeds"]) == 1 else f"{label} ({len(row['seeds'])} seeds)": row
+            for label, row in summary.items()
+        },
+        title=f"{title}: accuracy in %, mean ± standard deviation over seeds",
+    )
 
 
 # ---------------------------------------------------------------------------------- dry run

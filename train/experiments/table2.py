@@ -43,7 +43,7 @@ def _arms(scale: Scale) -> list[Arm]:
         base = dataclasses.replace(LAPTOP, pixels="random")
         panel = Panel("Fashion-MNIST with random pixels, MLP")
         smallest = dataclasses.replace(base, k=32, b=2)
-        coherent = dataclasses.replace(base, method="coherent")
+        coherent = dataclasses.replace(base, method="coherent", held_out=0.1)
         return [
             *compare(base, ABLATED, panel, paper=PAPER),
             Arm("bilevel-k32", smallest, panel, "bilevel, 32 × 2"),

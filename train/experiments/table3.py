@@ -48,6 +48,7 @@ from train.experiments.common import (
 
 PREACT_RESNET = Config(
     method="bilevel",
+    held_out=0.0,
     network="preact_resnet18",
     augmentation="preactresnet",
     k=8,

@@ -35,6 +35,7 @@ from train.experiments.common import ABLATED, LAPTOP, Arm, Experiment, Panel, Sc
 
 ALEXNET = Config(
     method="bilevel",
+    held_out=0.0,
     dataset="imagenet2012",
     network="alexnet",
     augmentation="imagenet",

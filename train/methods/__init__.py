@@ -1,9 +1,10 @@
-"""How the k mini-batches of a step become one gradient: one method a file, one interface.
+"""How the k mini-batches of a step become one update: one method a file, one interface.
 
 A module makes its `Method` from the config and the `Task`: a pure function from the parameters,
 the k mini-batches and the method's own state to a `Gradient`. The loss function that it gets sees
 one mini-batch. What changes the loss, the labels or the images wraps the loss function; what
-weighs mini-batches decides how it is called; so the two combine.
+weighs mini-batches decides how it is called; what judges the step wraps the optimizer; so the
+three combine.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from train.methods import (
     bilevel,
     bootstrapping,
     coherent,
+    forms,
     label_smoothing,
     mentornet,
     mixup,
@@ -40,7 +42,6 @@ _MAKERS = {
     "uniform": uniform.make,
     "bilevel": bilevel.make,
     "bilevel_exact": bilevel.make_exact,
-    "past": bilevel.make_past,
     "coherent": coherent.make,
     "bilevel_mixup": mixup.make_bilevel,
     "mixup": mixup.make,
@@ -76,14 +77,10 @@ def check_form(method: str, form: str) -> None:
     """Raises ValueError where a method cannot be computed in a form of the rule."""
     if form == "auto":
         return
-    if not method.startswith("bilevel") and method not in ("past", "coherent"):
+    if not method.startswith("bilevel"):
         raise ValueError(f"method {method} weighs nothing: form {form} is for bilevel methods")
-    if method == "coherent" and form == "multi_steps":
-        raise ValueError(
-            "form multi_steps is not for coherent; known: auto, streaming, stacked, collective"
-        )
-    if method == "bilevel_exact" and form not in bilevel.EXACT_FORMS:
+    if method == "bilevel_exact" and form not in forms.EXACT:
         raise ValueError(
             f"form {form} sees one gradient at a time, and bilevel_exact (eq. 8) needs all: "
-            f"known: {', '.join(bilevel.EXACT_FORMS)}"
+            f"known: {', '.join(forms.EXACT)}"
         )

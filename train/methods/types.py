@@ -103,7 +103,6 @@ class Gradient(NamedTuple):
         grads: the gradient to descend, like the parameters.
         weights: ω̂ [k], 0 in validation slots; None where nothing is weighed.
         state: the method's state after the step, of the same structure, shapes and dtypes.
-        step_size: what the optimizer's movement is multiplied by, []; None for 1.
     """
 
     losses: jax.Array
@@ -111,16 +110,17 @@ class Gradient(NamedTuple):
     grads: PyTree
     weights: jax.Array | None
     state: PyTree = ()
-    step_size: jax.Array | None = None
 
 
 GradientFn = Callable[[LossFn, PyTree, Batch, PyTree], Gradient]
 """``(loss_fn, params, batches, state) -> Gradient``, a pure function; see `Method`."""
 
+Optimizer = optax.GradientTransformation
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method, made for a run.
+    """A method, made for a run: a gradient and, if it likes, a wrapper of the optimizer.
 
     Attributes:
         gradient: ``(loss_fn, params, batches, state) -> Gradient``, a pure function. Leaves of
@@ -128,18 +128,18 @@ class Method:
         how: a line that says how it computes.
         init: ``params -> state``; what a method without a state of its own leaves out. The state
             is a part of the checkpoint.
-        spec: where the state lies on a mesh, PartitionSpecs in its structure or a prefix of it; by
-            default where parameters of its shapes would lie.
         network: wraps the network, for a method that trains parameters of its own; they are the
             optimizer's like the others. Evaluation sees the wrapper in evaluation mode.
-        with_batch_norm: what is to be said where the network has batch norm.
+        optimizer: wraps the run's whole optimizer, learning rate and decay included.
+        judges: of how many held-out examples every update is handed the losses, as the argument
+            ``losses_fn``, a function of the parameters; 0: it is not.
         copies: of how many mini-batches, the first ones, every device of a mesh needs the whole.
     """
 
     gradient: GradientFn
     how: str
     init: Callable[[PyTree], PyTree] = lambda params: ()
-    spec: PyTree | None = None
     network: Callable[[models.Network], models.Network] = lambda network: network
-    with_batch_norm: str | None = None
+    optimizer: Callable[[Optimizer], Optimizer] = lambda optimizer: optimizer
+    judges: int = 0
     copies: int = 0

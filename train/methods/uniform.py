@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from train import mesh
 from train.mesh import Layout
-from train.methods.bilevel import on_each_device
+from train.methods.forms import on_each_device
 from train.methods.types import Batch, Gradient, LossFn, Method, PyTree, Task
 
 
