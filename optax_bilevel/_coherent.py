@@ -17,14 +17,13 @@ from optax_bilevel._alignment import example_alignment
 from optax_bilevel._mesh import AxisName
 from optax_bilevel._tree import PyTree
 
-# One setting for all (docs/coherent_steps.md has the study).
+# One setting for all; docs/coherent_steps.md has the study.
 _DECAY = 0.97  # of the direction: about the last thirty steps
-_HORIZON = 0.02  # of the training, that agreement is averaged over
-_STEPS = 50  # the same where nobody says how long the training is
-_PRIOR = 5  # steps in full agreement that the average begins with
-_MARGIN = 0.5  # deviations by which agreement must be above zero
-_RATE = 2.0  # the most that a horizon of steps changes the logarithm of the step size by
-_SMALLEST = 1e-3
+_HORIZON = 0.01  # H as a share of the training
+_STEPS = 50  # H where nobody says how long the training is
+_MARGIN = 0.5  # deviations by which agreement must be above zero for steps to grow
+_LARGEST = 6.0  # medians: more than that no example counts
+_SMALLEST = 1e-3  # step size, so that it can grow again
 
 
 class CoherentStepsState(NamedTuple):
@@ -32,9 +31,8 @@ class CoherentStepsState(NamedTuple):
 
     Attributes:
         count: updates so far, int32 [].
-        judged: updates so far that a held-out example had a say in, int32 [].
-        agreement: s̄, how far held-out examples have gained by steps of late, float32 [], in
-            [-1, 1].
+        agreement: s̄, how far held-out examples have agreed with the steps of late, float32 [], in
+            [-1, 1]; 1 before any.
         variance: of s about s̄, float32 [], ≥ 0.
         step_size: what the last update was multiplied by, float32 [], in [0, 1]; 1 before any.
         excluded: held-out examples left out of the last update for a NaN or an Inf, int32 [].
@@ -43,7 +41,6 @@ class CoherentStepsState(NamedTuple):
     """
 
     count: Any  # jax.Array; the name hides tuple.count, as in every optax state
-    judged: jax.Array
     agreement: jax.Array
     variance: jax.Array
     step_size: jax.Array
@@ -72,22 +69,24 @@ def coherent_steps(
     :math:`v_t = 0.97\,v_{t-1} + 0.03\,u_{t-1}`, held-out example e would gain
     :math:`d_e = -\langle\nabla\ell_e(\theta_t), v_t\rangle`, and all n agree by
 
-    .. math:: s_t = \frac{\sum_e d_e}{\sum_e |d_e|} \in [-1, 1].
+    .. math:: s_t = \frac{\sum_e d_e}{\sum_e |d_e|} \in [-1, 1],
 
-    Where its average :math:`\bar s_t` is above zero by more than half of its own standard deviation
-    :math:`\sigma_t`, the steps grow, up to whole ones; where it is not, they shrink:
+    no :math:`|d_e|` counting for more than six of their medians. Where the average
+    :math:`\bar s_t` is above zero by more than half of its own standard deviation
+    :math:`\sigma_t`, steps grow, up to whole ones; where it is not, they shrink:
 
     .. math:: f_t = \min\!\Big(1,\ f_{t-1}\,
-        \exp\frac{2\,\mathrm{clip}(\bar s_t/\sigma_t - \frac12,\, -1,\, 1)}{H}\Big).
+        \exp\frac{\mathrm{clip}(\bar s_t/\sigma_t - \frac12,\, -1,\, 1)}{H}\Big).
 
-    The averages are over about the last H steps, 2% of `total_steps`. Wrong labels agree on nothing
+    The averages are over about the last H steps, 1% of `total_steps`, and start from
+    :math:`\bar s = 1`. Wrong labels agree on nothing
     that held-out examples would gain from, so that steps end before they are memorised.
 
     Args:
         opt: the optimizer, whole: with learning rate, momentum, weight decay.
         total_steps: how long the training is, in updates; may be traced. None: H is 50 steps.
         axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) over which the
-            held-out examples are spread; three scalars are added up over it. Gradients must be
+            held-out examples are spread; it moves one number per example. Gradients must be
             averaged before, as always. Under `jit` nothing is needed.
 
     Returns:
@@ -155,7 +154,6 @@ def coherent_steps(
 
         return CoherentStepsState(
             count=scalar(0, jnp.int32),
-            judged=scalar(0, jnp.int32),
             agreement=scalar(1),
             variance=scalar(0),
             step_size=scalar(1),
@@ -181,11 +179,9 @@ def coherent_steps(
             alignment = example_alignment(
                 lambda params, _: losses_fn(params), params, None, state.direction
             )
-        gained, all_of_it, excluded = _agreement(alignment)
-        if axis_name is not None:
-            gained, all_of_it, excluded = jax.lax.psum((gained, all_of_it, excluded), axis_name)
+        agreement, has_say, excluded = _agreement(alignment, axis_name)
         horizon = _STEPS if total_steps is None else _HORIZON * jnp.real(total_steps)
-        judgement = _judge(state, gained, all_of_it, jnp.asarray(horizon, jnp.float32))
+        judgement = _judge(state, agreement, has_say, jnp.asarray(horizon, jnp.float32))
 
         proposed, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         moved = jax.tree.map(lambda u: _scaled(u, judgement["step_size"]), proposed)
@@ -200,41 +196,56 @@ def coherent_steps(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _agreement(alignment: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Σ d_e and Σ |d_e|, float32 [], over the finite ones, and how many were not, int32 []."""
-    gains = -jnp.asarray(alignment)
+def _agreement(
+    alignment: Any, axis_name: AxisName | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """How far held-out examples agree with a direction.
+
+    Args:
+        alignment: ⟨∇ℓ_e, v⟩ of this device's own, [n] or of more axes.
+        axis_name: over which they are spread.
+
+    Returns:
+        s, float32 []; whether an example had a say in it, bool []; and how many had none for a NaN
+        or an Inf, int32 [].
+    """
+    gains = -jnp.ravel(_mesh.replicate(jnp.asarray(alignment))).astype(jnp.float32)
+    if axis_name is not None:
+        to = _mesh.same_everywhere(axis_name)
+        gains = jax.lax.all_gather(gains, axis_name, tiled=True, to=to)
     usable = jnp.isfinite(gains)
     gains = jnp.where(usable, gains, 0)
-    return (
-        jnp.sum(gains).astype(jnp.float32),
-        jnp.sum(jnp.abs(gains)).astype(jnp.float32),
-        jnp.sum(~usable, dtype=jnp.int32),
-    )
+    sizes = jnp.abs(gains)
+    # Of a clean set the few examples that the network gets wrong would outweigh all the others.
+    largest = _LARGEST * jnp.nanmedian(jnp.where(sizes > 0, sizes, jnp.nan))
+    gains = jnp.clip(gains, -largest, largest)
+    total = jnp.sum(jnp.abs(gains))
+    has_say = total > 0  # False for the NaN of no median
+    agreement = jnp.where(has_say, jnp.sum(gains) / jnp.where(has_say, total, 1), 0)
+    return agreement, has_say, jnp.sum(~usable, dtype=jnp.int32)
 
 
 def _judge(
-    state: CoherentStepsState, gained: jax.Array, all_of_it: jax.Array, horizon: jax.Array
+    state: CoherentStepsState, agreement: jax.Array, has_say: jax.Array, horizon: jax.Array
 ) -> dict[str, jax.Array]:
-    """The scalars of the state after a step; as they were where no example had a say in it."""
-    has_say = all_of_it > 0
-    judged = state.judged + has_say
-    agreement = gained / jnp.where(has_say, all_of_it, 1)
-    # An average of all steps at first, and then of about the last `horizon`.
-    rate = jnp.maximum(1 / horizon, 1 / (judged + _PRIOR).astype(jnp.float32))
-    rate = jnp.minimum(rate, 1)
+    """The scalars of the state after a step; as they were where no example had a say in it.
+
+    Args:
+        state: before the step.
+        agreement: s, float32 [].
+        has_say: bool [].
+        horizon: H, float32 [].
+    """
+    rate = jnp.minimum(1 / horizon, 1)
     surprise = agreement - state.agreement
     average = state.agreement + rate * surprise
     variance = (1 - rate) * (state.variance + rate * jnp.square(surprise))
+    # Of an exponential average of independent s.
     deviation = jnp.sqrt(variance * rate / (2 - rate))
-    evidence = average / jnp.maximum(deviation, jnp.finfo(jnp.float32).tiny) - _MARGIN
-    change = jnp.minimum(_RATE / horizon, 1) * jnp.clip(evidence, -1, 1)
+    evidence = average / jnp.maximum(deviation, jnp.finfo(jnp.float32).tiny)
+    change = rate * jnp.clip(evidence - _MARGIN, -1, 1)
     step_size = jnp.clip(state.step_size * jnp.exp(change), _SMALLEST, 1)
-    after = {
-        "judged": judged,
-        "agreement": average,
-        "variance": variance,
-        "step_size": step_size,
-    }
+    after = {"agreement": average, "variance": variance, "step_size": step_size}
     return {name: jnp.where(has_say, x, getattr(state, name)) for name, x in after.items()}
 
 

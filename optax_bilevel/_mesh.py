@@ -70,6 +70,11 @@ def varying_axes(x: jax.Array) -> frozenset[Any]:
     return jax.typeof(x).manual_axis_type.varying
 
 
+def same_everywhere(axis_name: AxisName) -> Any:
+    """How all_gather is told that its result no longer differs along the axis."""
+    return "invarying" if all(map(is_tracked, axes_of(axis_name))) else "varying"
+
+
 def vary(tree: PyTree, axis_name: AxisName) -> PyTree:
     """The same values, as each device's own: so are then gradients with respect to them."""
     axes = tuple(axis for axis in axes_of(axis_name) if is_tracked(axis))

@@ -171,7 +171,7 @@ def bilevel_multi_steps(
 
         def wait(_: None) -> tuple[PyTree, Any, jax.Array, _rule.Health]:
             health = _rule.Health(state.cosine, state.negative, state.effective, state.dropped)
-            nothing = jax.tree.map(_tree.zeros_of, shapes)
+            nothing = jax.tree.map(jnp.zeros_like, shapes)
             return nothing, state.inner_state, state.weights, health
 
         is_last = step == every_k - 1

@@ -57,7 +57,7 @@ def gather(shards: PyTree, like: PyTree, axes: AxisName) -> PyTree:
         widths = [pieces[i].size for i in indices]
         padding = jnp.zeros((-sum(widths) % _ALIGNMENT,), dtype)
         shard = jnp.concatenate([*(pieces[i].astype(dtype) for i in indices), padding])
-        full = jax.lax.all_gather(shard, axes, to=_same_everywhere(axes))
+        full = jax.lax.all_gather(shard, axes, to=_mesh.same_everywhere(axes))
         full = full.reshape(-1, shard.size)
         for i, end, width in zip(indices, itertools.accumulate(widths), widths, strict=True):
             flat = full[:, end - width : end].reshape(-1)
@@ -76,9 +76,3 @@ def _pieces(leaf: jax.Array, count: int) -> jax.Array:
     """A leaf cut into `count` equal pieces, the last ones padded with zeros: [count, width]."""
     width = math.ceil(leaf.size / count)
     return jnp.pad(leaf.reshape(-1), (0, count * width - leaf.size)).reshape(count, width)
-
-
-def _same_everywhere(axis_name: AxisName) -> Any:
-    """How all_gather is told that its result no longer differs along the axis."""
-    tracked = all(map(_mesh.is_tracked, _mesh.axes_of(axis_name)))
-    return "invarying" if tracked else "varying"

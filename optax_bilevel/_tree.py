@@ -111,11 +111,6 @@ def wide_zeros(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=accumulation_dtype(x.dtype)), tree)
 
 
-def zeros_of(x: Any) -> jax.Array:
-    """Zeros like an abstract value, its sharding included."""
-    return jnp.zeros(x.shape, x.dtype, device=getattr(x, "sharding", None))
-
-
 def static_int(value: Any) -> int | None:
     """`value` as an int where it is known at trace time, None where it is traced."""
     return None if isinstance(value, Tracer) else int(value)

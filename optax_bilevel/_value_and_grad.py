@@ -238,7 +238,7 @@ def _add_up(
         # Over indices, not slices: slicing beforehand would copy the batches.
         total, record = jax.lax.scan(
             lambda total, start: _add(total, *function(start, plan.size)),
-            jax.tree.map(_tree.zeros_of, shape),
+            jax.tree.map(jnp.zeros_like, shape),
             begin + plan.size * jnp.arange(chunks),
         )
         records.append(jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), record))
