@@ -316,9 +316,13 @@ def test_a_direction_unlike_the_parameters_is_named(change, message):
         optax_bilevel.example_alignment(losses, PARAMS, examples(), direction)
 
 
-def test_other_containers_are_another_structure():
-    with pytest.raises(ValueError, match="direction and params differ in structure"):
-        optax_bilevel.example_alignment(losses, {"a": [jnp.zeros(2)]}, None, {"a": (jnp.zeros(2),)})
+def test_a_direction_in_other_containers_goes_leaf_by_leaf():
+    """As `nnx.Optimizer` keeps it."""
+    params, batch = params_of(), examples()
+    direction = direction_like(params)
+    expected = alignment(losses, params, batch, direction)
+    for other in (jax.tree.leaves(direction), tuple(jax.tree.leaves(direction))):
+        np.testing.assert_array_equal(alignment(losses, params, batch, other), expected)
 
 
 def test_parameters_without_a_derivative_are_named():
@@ -332,12 +336,12 @@ def test_parameters_without_a_derivative_are_named():
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [
-        (lambda p, b: losses(p, b).mean(), r"one scalar: .* examples, \[b\], before their mean"),
+        (lambda p, b: losses(p, b).mean(), r"one scalar: .* examples, \[n\], before their mean"),
         (
             lambda p, b: losses(p, b).astype(jnp.complex64),
-            "losses of dtype complex64: expected real",
+            "losses have dtype complex64: expected real",
         ),
-        (lambda p, b: jnp.argmax(outputs(p, b["x"]), -1), "losses of dtype int32: expected real"),
+        (lambda p, b: jnp.argmax(outputs(p, b["x"]), -1), "losses have dtype int32: expected real"),
     ],
 )
 def test_what_is_no_loss_per_example(loss_fn, message):

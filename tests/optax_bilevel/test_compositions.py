@@ -269,29 +269,49 @@ def test_partition_with_a_rule_for_every_label():
     assert distance(updates, {"w": w, "b": b}) <= 1e-5
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("with_params", [False, True])
-@pytest.mark.parametrize(
-    ("name", "wrap"),
-    [
-        ("apply_if_finite", lambda tx: optax.apply_if_finite(tx, 3)),
-        ("MultiSteps", lambda tx: optax.MultiSteps(tx, 2).gradient_transformation()),
-        ("conditionally_mask", lambda tx: optax.conditionally_mask(tx, lambda step: step >= 0)),
-        (
-            "conditionally_transform",
-            lambda tx: optax.conditionally_transform(tx, lambda step: step >= 0),
-        ),
-    ],
-)
-def test_wrappers_the_wrong_way(name, wrap, with_params, jit):
+WRAPPERS = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, lambda step: step >= 0),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda step: step >= 0),
+}
+every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+
+
+@pytest.mark.parametrize("leaves", [("w", "b"), ("w",)])
+@pytest.mark.parametrize("k", [3, K])
+@every_wrapper
+def test_wrappers_the_wrong_way(wrap, k, leaves):
+    """Never a stack in silence: the wrapper's own error, or the one about leading axes."""
     tx = wrap(optax.chain(bilevel_reweight(), optax.sgd(1.0)))
-    update = jax.jit(tx.update) if jit else tx.update
-    arguments = (stack(), tx.init(params()), *([params()] if with_params else []))
-    with pytest.raises((ValueError, TypeError)) as error:
-        update(*arguments)
-    assert "bilevel_reweight" in str(error.value)
-    assert "first in the chain" in str(error.value)
-    assert name in str(error.value) or "optax.MultiSteps" in str(error.value)
+    grads, weights = ({name: tree[name] for name in leaves} for tree in (stack(k=k), params()))
+    for arguments in ((), (weights,)):
+        with pytest.raises((ValueError, TypeError), match="differ|leading axis|shape"):
+            tx.update(grads, tx.init(weights), *arguments)
+
+
+@every_wrapper
+def test_wrappers_around_a_chain_that_stacks_by_itself(wrap):
+    """Shape-preserving as a whole, so that any wrapper of optax's takes it."""
+    spread = np.arange(1.0, K + 1, dtype=np.float32)
+
+    def update(updates, params=None):
+        return jax.tree.map(lambda g: jnp.stack([s * g for s in spread]), updates)
+
+    tx = wrap(optax.chain(optax.stateless(update), bilevel_reweight(num_batches=K), optax.sgd(0.1)))
+    grads = [jax.tree.map(lambda g, i=i: g[i], stack()) for i in (0, 1)]
+    step, state, total = jax.jit(tx.update), tx.init(params()), params()
+    for g in grads:
+        updates, state = step(g, state, params())
+        check_shapes(updates, params())
+        total = optax.apply_updates(total, updates)
+    if wrap is WRAPPERS["MultiSteps"]:
+        grads = [jax.tree.map(lambda *g: sum(g) / 2, *grads)]
+    expected = params()
+    for g in grads:
+        moved = reweighted(jax.tree.map(lambda x: np.stack([s * x for s in spread]), g))
+        expected = jax.tree.map(lambda p, m: p - np.float32(0.1) * m, expected, moved)
+    assert_close(total, expected)
 
 
 def test_apply_if_finite_after_it():

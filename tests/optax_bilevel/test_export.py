@@ -39,7 +39,7 @@ def one_by_one(params, batches):
 
 
 def coherent(params, batches):
-    tx = optax_bilevel.coherent_steps(optax.adamw(0.1), total_steps=100)
+    tx = optax_bilevel.coherent_steps(optax.sgd(0.1, momentum=0.9), total_steps=100)
     held_out, batch = (jax.tree.map(lambda x, i=i: x[i], batches) for i in (0, 1))
     grads = jax.grad(loss)(params, batch)
 

@@ -1,6 +1,8 @@
 """What importing the library costs, and that it documents itself."""
 
+import ast
 import doctest
+import graphlib
 import importlib
 import inspect
 import pathlib
@@ -12,7 +14,14 @@ import pytest
 import optax_bilevel
 
 ROOT = pathlib.Path(optax_bilevel.__file__).parents[1]
-MODULES = ["_rule", "_inner_products", "_reweight", "_streaming", "_multi_steps", "_collective"]
+PACKAGE = ROOT / "optax_bilevel"
+MODULES = sorted(path.stem for path in PACKAGE.glob("_[a-z]*.py"))
+FEEDERS = ["_reweight", "_value_and_grad", "_multi_steps", "_pmean", "_coherent"]
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    """Not here: the examples use optimizers of optax's that are not strict themselves."""
 
 
 def run(program: str) -> str:
@@ -28,12 +37,12 @@ def test_pulls_in_nothing_heavy():
     assert heavy.isdisjoint(loaded)
 
 
-def test_costs_under_a_tenth_of_a_second_beyond_optax():
+def test_costs_little_beyond_optax():
     program = (
-        "import time, optax; before = time.process_time(); import optax_bilevel; "
-        "print(time.process_time() - before)"
+        "import sys, time, optax; before = time.process_time(); import optax_bilevel; "
+        "print(time.process_time() - before); assert 'jax.extend' not in sys.modules"
     )
-    assert min(float(run(program)) for _ in range(3)) < 0.1
+    assert min(float(run(program)) for _ in range(3)) < 0.06
 
 
 @pytest.mark.parametrize("name", optax_bilevel.__all__)
@@ -56,10 +65,36 @@ def test_doctests(name):
     assert doctest.testmod(module).failed == 0
 
 
+def imported_by(name):
+    """The modules of the library that a module of it imports."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "optax_bilevel":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("optax_bilevel."):
+            found.add(node.module.removeprefix("optax_bilevel."))
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("optax_bilevel") for alias in node.names)
+    return found
+
+
 def test_feeders_do_not_import_each_other():
-    feeders = {"_reweight", "_streaming", "_multi_steps", "_collective"}
-    for feeder in feeders:
-        source = (ROOT / "optax_bilevel" / f"{feeder}.py").read_text()
-        for other in feeders - {feeder}:
-            assert f"optax_bilevel.{other}" not in source
-            assert f"import {other}" not in source
+    for feeder in FEEDERS:
+        assert imported_by(feeder)
+        assert not imported_by(feeder) & set(FEEDERS)
+
+
+def test_imports_run_one_way():
+    order = graphlib.TopologicalSorter({name: imported_by(name) for name in MODULES})
+    assert set(order.static_order()) == set(MODULES)  # raises CycleError for a circle
+
+
+def test_only_jax_optax_and_numpy_are_imported():
+    known = {"jax", "optax", "numpy", "optax_bilevel"} | set(sys.stdlib_module_names)
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert {name.partition(".")[0] for name in names} <= known, path
+            assert not any(name.startswith("jax.extend") for name in names), path

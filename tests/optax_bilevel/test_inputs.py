@@ -3,6 +3,7 @@
 import functools
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,7 +148,9 @@ def test_nothing_left_to_train_on(num_validation):
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(ValueError, match=f"every_k must be at least {num_validation + 1}"):
+    with pytest.raises(
+        ValueError, match=message.replace("k = 4 mini-batches", "every_k = 4 calls")
+    ):
         optax_bilevel.bilevel_multi_steps(optax.sgd(1.0), 4, **options)
     with pytest.raises(ValueError, match=f"axis 'batch' has 4 devices.* {num_validation + 1}"):
         collective(stack(), **options)
@@ -211,14 +214,13 @@ def test_hyper_parameters_out_of_range(factory, name, default, value):
 @every_factory
 @pytest.mark.parametrize("value", [0, -1, 1.5])
 def test_num_validation_out_of_range(factory, value):
-    with pytest.raises(ValueError, match=f"num_validation must be a positive integer, got {value}"):
+    message = f"num_validation must be an integer of at least 1, got {value}"
+    with pytest.raises(ValueError, match=message):
         factory(num_validation=value)
 
 
 @every_factory
 def test_unknown_names(factory):
-    with pytest.raises(ValueError, match="unknown solver 'cg'; known: diagonal, exact"):
-        factory(solver="cg")
     with pytest.raises(ValueError, match="unknown groups 'layer'; known: None, \"leaf\", a pytree"):
         factory(groups="layer")
     with pytest.raises(
@@ -227,19 +229,51 @@ def test_unknown_names(factory):
         factory(mu=optax.constant_schedule(0.1))
 
 
-def test_unknown_loop_and_chunk_size():
-    with pytest.raises(ValueError, match="unknown loop 'while'; known: None, unroll, scan"):
-        optax_bilevel.bilevel_value_and_grad(jnp.sum, loop="while")
-    with pytest.raises(ValueError, match="chunk_size must be a positive integer, got 0"):
-        optax_bilevel.bilevel_value_and_grad(jnp.sum, chunk_size=0)
+@pytest.mark.parametrize("name", ["bilevel_reweight", "bilevel_weights", "bilevel_pmean"])
+def test_unknown_solver(name):
+    with pytest.raises(ValueError, match="unknown solver 'cg'; known: diagonal, exact"):
+        FACTORIES[name](solver="cg")
 
 
-@pytest.mark.parametrize("name", ["bilevel_value_and_grad", "bilevel_multi_steps"])
-def test_exact_where_only_a_stream_exists(name):
-    with pytest.raises(
-        ValueError, match=f"{name} sees one.* use bilevel_reweight or bilevel_pmean"
-    ):
-        FACTORIES[name](solver="exact")
+@pytest.mark.parametrize("value", [0, 1.5])
+def test_microbatch_size_out_of_range(value):
+    message = f"microbatch_size must be an integer of at least 1, got {value}"
+    with pytest.raises(ValueError, match=message):
+        optax_bilevel.bilevel_value_and_grad(jnp.sum, microbatch_size=value)
+
+
+@pytest.mark.parametrize("make", [list, tuple])
+@pytest.mark.parametrize("one", [{"x": jnp.ones((2, 3))}, (jnp.ones((2, 3)), jnp.ones(2))])
+def test_mini_batches_that_are_not_stacked(make, one):
+    step = optax_bilevel.bilevel_value_and_grad(lambda w, batch: jnp.sum(w))
+    message = rf"a {make.__name__} of 3 mini-batches: stack them .*jnp.stack\(x\), \*batches\)"
+    with pytest.raises(ValueError, match=message):
+        step(jnp.ones(2), make([one] * 3))
+
+
+def unfiltered():
+    """An Equinox module has its activation function for a leaf."""
+    return eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"w": jnp.ones(2), "i": jnp.ones(2, jnp.int32)}, r"leaf \['i'\]: .* got int32. Give init"),
+        ({"w": jnp.ones(2), "b": jnp.ones(2, bool)}, r"leaf \['b'\]: .* got bool. Give init"),
+        ({"w": jnp.ones(2), "n": 3}, r"leaf \['n'\]: .* got int. Give init"),
+        ({"w": jnp.ones(2), "f": jnp.tanh}, r"leaf \['f'\]: .* got \w+. Give init"),
+        ({"w": jnp.ones(2), "key": jax.random.key(0)}, r"leaf \['key'\]: .* got key<fry>. Give"),
+        (unfiltered(), r"leaf .activation: expected .*eqx.filter\(model, eqx.is_inexact_array\)"),
+    ],
+)
+@pytest.mark.parametrize(
+    "make",
+    [functools.partial(optax_bilevel.bilevel_multi_steps, every_k=4), optax_bilevel.coherent_steps],
+)
+def test_parameters_that_cannot_be_averaged_are_named(make, params, message):
+    with pytest.raises(ValueError, match=message):
+        make(optax.sgd(0.1)).init(params)
 
 
 def test_groups_that_do_not_fit():

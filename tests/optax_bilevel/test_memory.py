@@ -39,37 +39,30 @@ def arguments(name, k):
     return params, jax.ShapeDtypeStruct((k, 4, 256), jnp.float32)
 
 
-def coherent(loss, loop):
-    """With the parameters for a direction."""
-    step = optax_bilevel.coherent_value_and_grad(loss, loop=loop)
-    return lambda params, batches: step(params, batches, params)
+def step_of(name, microbatch_size=1):
+    return optax_bilevel.bilevel_value_and_grad(PROBLEMS[name][0], microbatch_size=microbatch_size)
 
 
-STREAMS = {
-    "bilevel": lambda loss, loop: optax_bilevel.bilevel_value_and_grad(loss, loop=loop),
-    "coherent": coherent,
-}
-
-
-@pytest.mark.parametrize("loop", ["unroll", "scan"])
+@pytest.mark.parametrize("microbatch_size", [1, 2])
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("form", STREAMS)
-def test_memory_at_32_mini_batches_is_that_at_4(form, name, loop):
-    step = STREAMS[form](PROBLEMS[name][0], loop)
-    at_4, at_32 = (temporary_bytes(step, *arguments(name, k)) for k in (4, 32))
-    assert at_32 <= 1.02 * at_4
+def test_memory_at_32_mini_batches_is_that_at_a_few(name, microbatch_size):
+    step = step_of(name, microbatch_size)
+    few, many = (temporary_bytes(step, *arguments(name, k)) for k in (4 * microbatch_size, 32))
+    assert many <= 1.02 * few
 
 
-@pytest.mark.parametrize("loop", ["unroll", "scan"])
-@pytest.mark.parametrize(("form", "count"), [("bilevel", 3), ("coherent", 2)])
-def test_at_most_so_many_gradients_beside_the_networks_own_memory(form, count, loop):
-    loss = PROBLEMS["mlp"][0]
-    params, batches = arguments("mlp", 16)
+@pytest.mark.parametrize("k", [16, 32])
+@pytest.mark.parametrize("microbatch_size", [1, None])
+def test_at_most_three_gradients_beside_the_networks_own_memory(microbatch_size, k):
+    """One, the validation gradient, the sum; or, where the library chooses, as many factors."""
+    params, batches = arguments("mlp", k)
     gradient = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
-    own = temporary_bytes(jax.grad(loss), params, jax.ShapeDtypeStruct((4, 256), jnp.float32))
-    step = STREAMS[form](loss, loop)
+    own = temporary_bytes(
+        jax.grad(PROBLEMS["mlp"][0]), params, jax.ShapeDtypeStruct((4, 256), jnp.float32)
+    )
     # A few hundred KiB of inner products and copies of the activations come on top.
-    assert temporary_bytes(step, params, batches) <= own + (count + 0.2) * gradient
+    step = step_of("mlp", microbatch_size)
+    assert temporary_bytes(step, params, batches) <= own + 3.2 * gradient
 
 
 def test_the_stack_does_grow_so_the_measurement_can_fail():

@@ -1,4 +1,4 @@
-"""Traffic of the collective form, compiled for a TPU pod that nobody here has."""
+"""Traffic of data-parallel steps, compiled for a TPU pod that nobody here has."""
 
 import functools
 import importlib.util
@@ -44,17 +44,25 @@ needs_libtpu = pytest.mark.skipif(
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", ["diagonal", "exact", "past", "coherent"])
+@pytest.mark.parametrize("solver", ["diagonal", "exact"])
 @pytest.mark.parametrize("case", ["even", "odd", "bfloat16", "two axes"])
 def test_moves_what_pmean_moves(case, solver):
     ours = traffic.bytes_moved(texts()[case][solver], 16)
     pmean = traffic.bytes_moved(texts()[case]["pmean"], 16)
     assert set(pmean) == {"all-reduce"}
-    if solver != "coherent":
-        assert ours["all-to-all"] > 0.4 * pmean["all-reduce"]
-    elif case != "two axes":
-        assert set(ours) == {"all-reduce"}
+    assert ours["all-to-all"] > 0.4 * pmean["all-reduce"]
     assert sum(ours.values()) <= 1.01 * sum(pmean.values())
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_judging_a_step_adds_a_few_scalars_to_the_traffic():
+    plain, ours = (
+        sum(traffic.bytes_moved(texts()["training"][name], 16).values())
+        for name in ("plain", "coherent")
+    )
+    assert plain > 4 * 784 * 500
+    assert ours <= 1.002 * plain
 
 
 def test_bytes_moved_counts_ring_traffic():
