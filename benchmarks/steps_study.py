@@ -5,7 +5,7 @@
 Every case trains the same network on the same nine tenths of the images, with given labels of which
 some are wrong, by the plain optimizer and by `coherent_steps` around it, on random batches of 64;
 16 examples of the tenth that is kept back judge each step. FOLDER holds Fashion-MNIST's four IDX
-files. Trainings that are in the file are not run again; ``docs/results/steps.json`` has
+files. What has been trained is not trained again; ``docs/results/steps.json`` has
 
     CASE -> {plain | coherent: {last, best, stopped, fitted: {mean, std}}, seeds, steps, ...}
 
@@ -305,15 +305,39 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def markdown(table: dict[str, Any]) -> str:
+    """The table as docs/coherent_steps.md shows it; test accuracy in percent."""
+    lines = [
+        "| case | plain: last epoch | stopped by held-out labels | best epoch "
+        "| coherent: last epoch | given labels fitted | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def cell(figures: dict[str, Any], name: str) -> str:
+        mean, std = figures[name]["mean"], figures[name]["std"]
+        return f"{mean:.1f} ± {std:.1f}" if figures["seeds"] > 1 else f"{mean:.1f}"
+
+    for name, row in table.items():
+        if {"plain", "coherent"} <= set(row):
+            plain, coherent = row["plain"], row["coherent"]
+            cells = [cell(plain, x) for x in ("last", "stopped", "best")]
+            cells += [f"**{cell(coherent, 'last')}**", cell(coherent, "fitted")]
+            lines.append(f"| {name} | {' | '.join(cells)} | {coherent['seeds']} |")
+    return "\n".join(lines) + "\n"
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Trains what is not in the file yet, and writes the table."""
+    """Trains what has not been trained yet, and writes the table, as JSON and as Markdown."""
 
     fashion_mnist: Annotated[
         pathlib.Path | None, tyro.conf.arg(help="a folder with Fashion-MNIST's IDX files")
     ] = None
     only: Annotated[tuple[str, ...], tyro.conf.arg(help="cases that have one of these words")] = ()
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="of every case; none: the case's")] = ()
+    runs: Annotated[pathlib.Path, tyro.conf.arg(help="a line for every training")] = pathlib.Path(
+        "runs/steps.jsonl"
+    )
     out: Annotated[pathlib.Path, tyro.conf.arg(help="the table")] = pathlib.Path(
         "docs/results/steps.json"
     )
@@ -322,7 +346,7 @@ class Study:
 def main() -> None:
     """The command line."""
     study, console = tyro.cli(Study), Console(markup=False)
-    log = study.out.with_suffix(".runs.jsonl")
+    study.runs.parent.mkdir(parents=True, exist_ok=True)
     load_once = functools.lru_cache(maxsize=1)(load)
     for seed in range(3):
         for name, case in CASES.items():
@@ -331,20 +355,22 @@ def main() -> None:
                 continue
             for method in ("plain", "coherent"):
                 key = f"{name}/{method}/{seed}"
-                if key in _read(log):
+                if key in _read(study.runs):
                     continue
                 problem = load_once(case, seed, study.fashion_mnist)
                 figures = train(case, seed, problem, coherent=method == "coherent")
-                with open(log, "a") as file:
+                with open(study.runs, "a") as file:
                     file.write(json.dumps({"run": key, **figures}) + "\n")
                 console.print(key, {x: round(v, 1) for x, v in figures.items()})
-    study.out.write_text(json.dumps(summary(_read(log)), indent=1) + "\n")
+    table = summary(_read(study.runs))
+    study.out.write_text(json.dumps(table, indent=1) + "\n")
+    study.out.with_suffix(".md").write_text(markdown(table))
 
 
-def _read(log: pathlib.Path) -> dict[str, dict[str, Any]]:
-    if not log.exists():
+def _read(runs: pathlib.Path) -> dict[str, dict[str, Any]]:
+    if not runs.exists():
         return {}
-    lines = map(json.loads, log.read_text().splitlines())
+    lines = map(json.loads, runs.read_text().splitlines())
     return {line.pop("run"): line for line in lines}
 
 
