@@ -57,13 +57,6 @@ def coherent_steps(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales an optimizer's steps by how far held-out examples would gain from them.
 
-    ::
-
-        tx = optax_bilevel.coherent_steps(optax.adamw(1e-3), total_steps=num_steps)
-        updates, state = tx.update(
-            grads, state, params, losses_fn=lambda p: losses(p, held_out)
-        )
-
     The optimizer proposes a step :math:`u_t`, and a part of it is taken,
     :math:`\theta_{t+1} = \theta_t + f_t u_t`. With the average of the proposals before,
     :math:`v_t = 0.97\,v_{t-1} + 0.03\,u_{t-1}`, held-out example e would gain
@@ -217,8 +210,8 @@ def _agreement(
     gains = jnp.where(usable, gains, 0)
     sizes = jnp.abs(gains)
     # Of a clean set the few examples that the network gets wrong would outweigh all the others.
-    largest = _LARGEST * jnp.nanmedian(jnp.where(sizes > 0, sizes, jnp.nan))
-    gains = jnp.clip(gains, -largest, largest)
+    median = jnp.nanmedian(jnp.where(sizes > 0, sizes, jnp.nan))
+    gains = jnp.clip(gains / median, -_LARGEST, _LARGEST)
     total = jnp.sum(jnp.abs(gains))
     has_say = total > 0  # False for the NaN of no median
     agreement = jnp.where(has_say, jnp.sum(gains) / jnp.where(has_say, total, 1), 0)

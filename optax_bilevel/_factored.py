@@ -61,9 +61,9 @@ class Factored:
         return cls(left, right, recipe.dtype, recipe.params["precision"], tuple(outer), order)
 
     @property
-    def count(self) -> int:
-        """The number of mini-batches k."""
-        return self.left.shape[0]
+    def shape(self) -> tuple[int, ...]:
+        """Of the stack that this stands for, [k, *shape]."""
+        return self.left.shape[0], *(self.product_shape[i] for i in self.order)
 
     def square_sums(self, dtype: Any) -> jax.Array:
         """|XᵀΔ|² = Σ (X Xᵀ) ∘ (Δ Δᵀ) of each, [k] (Goodfellow 2015, arXiv:1510.01799)."""

@@ -81,9 +81,7 @@ def bilevel_multi_steps(
         [0. 0.]
         [-1. -1.]
     """
-    rule = _validate.rule(
-        lam, mu, num_validation, groups, normalize=normalize, nonnegative=nonnegative
-    )
+    rule = _validate.rule(lam, mu, num_validation, groups, "diagonal", normalize, nonnegative)
     _validate.enough(f"every_k = {every_k} calls", every_k, num_validation)
     inner = optax.with_extra_args_support(opt)
 

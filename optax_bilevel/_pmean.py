@@ -117,15 +117,7 @@ def bilevel_pmean_and_weights(
     Raises:
         ValueError: as `bilevel_pmean`.
     """
-    rule = _validate.rule(
-        lam,
-        mu,
-        num_validation,
-        groups,
-        solver=solver,
-        normalize=normalize,
-        nonnegative=nonnegative,
-    )
+    rule = _validate.rule(lam, mu, num_validation, groups, solver, normalize, nonnegative)
     _validate.no_masked(grads)
     _validate.inexact(grads)
     everywhere = _mesh.axes_of(axis_name)

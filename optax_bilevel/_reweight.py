@@ -122,15 +122,7 @@ def bilevel_reweight(
         >>> updates["w"].shape
         (3,)
     """
-    rule = _validate.rule(
-        lam,
-        mu,
-        num_validation,
-        groups,
-        solver=solver,
-        normalize=normalize,
-        nonnegative=nonnegative,
-    )
+    rule = _validate.rule(lam, mu, num_validation, groups, solver, normalize, nonnegative)
 
     def init_fn(params: PyTree) -> Any:
         if not allow_masked:
@@ -208,15 +200,7 @@ def bilevel_weights(
         >>> optax_bilevel.bilevel_weights(grads)
         Array([ 0. ,  0.5, -0.5,  0. ], dtype=float32)
     """
-    rule = _validate.rule(
-        lam,
-        mu,
-        num_validation,
-        groups,
-        solver=solver,
-        normalize=normalize,
-        nonnegative=nonnegative,
-    )
+    rule = _validate.rule(lam, mu, num_validation, groups, solver, normalize, nonnegative)
     if not jax.tree.leaves(grads):
         raise ValueError("bilevel_weights needs at least one gradient leaf, got an empty tree")
     _validate.stack(grads, None, num_validation)

@@ -179,28 +179,16 @@ def validation_gradient(grads: PyTree, num_validation: Any) -> PyTree:
     static = static_int(num_validation)
 
     def leaf_sum(g: Stack) -> jax.Array:
-        k = g.count if isinstance(g, Factored) else g.shape[0]
-        sliceable = isinstance(g, Factored) or not _mesh.first_axis_is_sharded(g)
-        if static == 1 and sliceable and not isinstance(g, Factored):
-            return g[0].astype(accumulation_dtype(g.dtype))
         dtype = jnp.finfo(accumulation_dtype(g.dtype)).dtype
-        is_validation = (jnp.arange(k) < num_validation).astype(dtype)
-        return _weighted(g, is_validation, None if static is None else range(static))
+        is_validation = jnp.arange(g.shape[0]) < num_validation
+        rows = None if static is None else range(static)
+        return _weighted(g, is_validation.astype(dtype), rows)
 
     return jax.tree.map(leaf_sum, grads)
 
 
 def dots_with(grads: PyTree, validation: PyTree, grouping: Grouping) -> jax.Array:
-    """⟨v, g_i⟩ of every mini-batch gradient with a validation gradient v.
-
-    Args:
-        grads: leaves [k, *shape].
-        validation: leaves [*shape].
-        grouping: the group of every leaf.
-
-    Returns:
-        [groups, k], float32 or wider.
-    """
+    """⟨v, g_i⟩ of gradients [k, *shape] with v [*shape]: [groups, k], float32 or wider."""
     pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(validation), strict=True)
     products = [
         g.dots_with(v, accumulation_dtype(g.dtype))
@@ -266,13 +254,10 @@ def weighted_sum(
     A mini-batch of weight 0 takes no part, even where its gradient is NaN.
 
     Args:
-        grads: leaves [k, *shape].
+        grads: leaves [k, *shape]; the result's are [*shape].
         weights: [groups, k].
         grouping: the group of every leaf.
         held_out: of how many leading mini-batches the weight is known to be 0; an int, or traced.
-
-    Returns:
-        leaves [*shape].
     """
     leaves, treedef = jax.tree.flatten(grads)
     rows = range(static_int(held_out) or 0, weights.shape[-1])
@@ -282,14 +267,7 @@ def weighted_sum(
 
 
 def scale_and_cast(tree: PyTree, scale: jax.Array, grouping: Grouping, like: PyTree) -> PyTree:
-    """Multiplies each leaf by its group's scale and casts it to the dtype of `like`.
-
-    Args:
-        tree: leaves [*shape], in the accumulation dtype.
-        scale: [groups]; a group of scale 0 gives zeros.
-        grouping: the group of every leaf.
-        like: a tree whose leaves have the wanted dtypes.
-    """
+    """Each leaf times its group's scale [groups], where 0 gives zeros, in the dtype of `like`."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten(
         [

@@ -47,10 +47,9 @@ def rule(
     mu: Any,
     num_validation: Any,
     groups: Groups,
-    *,
-    solver: str = "diagonal",
-    normalize: bool = True,
-    nonnegative: bool = False,
+    solver: str,
+    normalize: bool,
+    nonnegative: bool,
 ) -> _rule.Rule:
     """The hyper-parameters, checked where they are concrete.
 

@@ -102,9 +102,7 @@ def bilevel_value_and_grad(
         >>> losses.shape == weights.shape == (2 * jax.device_count(),)
         True
     """
-    rule = _validate.rule(
-        lam, mu, num_validation, groups, normalize=normalize, nonnegative=nonnegative
-    )
+    rule = _validate.rule(lam, mu, num_validation, groups, "diagonal", normalize, nonnegative)
     if microbatch_size is not None:
         _validate.at_least("microbatch_size", microbatch_size, 1)
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)

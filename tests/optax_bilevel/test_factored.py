@@ -125,7 +125,7 @@ def test_kernels_of_several_axes_are_factored(subscripts, shape):
     whole = jax.vmap(gradient, in_axes=(None, 0))(kernel, x)
     factored = _factored.evaluate(jax.vmap(gradient, in_axes=(None, 0)), kernel, x)
     assert isinstance(factored, _factored.Factored)
-    assert factored.count == K
+    assert factored.shape[0] == K
     omega = random(2, K)
     assert_close(factored.weighted_sum(omega), jnp.tensordot(omega, whole, 1))
     rows, v = whole.reshape(K, -1), random(3, *shape)
