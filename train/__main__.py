@@ -26,6 +26,7 @@ except KeyboardInterrupt:
 Help = tyro.conf.arg
 USAGE = """usage: python -m train [COMMAND] [OPTIONS]; --help after a command lists its options
 
+  clean      find the wrong labels of a folder of pictures, and train a network without them
   demo       compare methods on noisy labels and draw the result (the default)
   run        train one config in a run directory, or go on with it
   experiment train the arms of a table or figure of the paper
@@ -48,6 +49,12 @@ def _demo(args: list[str], console: Console) -> None:
     from train import demo
 
     demo.run(tyro.cli(demo.Demo, args=args, prog="python -m train demo"), console)
+
+
+def _clean(args: list[str], console: Console) -> None:
+    from train import clean
+
+    clean.run(tyro.cli(clean.Clean, args=args, prog="python -m train clean"), console)
 
 
 def _run(args: list[str], console: Console) -> None:
@@ -291,32 +298,49 @@ def _relabel(args: list[str], console: Console) -> None:
 
 
 def _suspects(args: list[str], console: Console) -> None:
-    from train import suspects
+    from train import correct, suspects
+    from train.problem import load_dataset
+    from train.saved import read_config
 
     @dataclasses.dataclass(frozen=True)
     class Suspects:
         """Ranks the training examples of a run by how wrong their labels look.
 
-        Writes suspects.csv, a line per example, and suspects.html, pictures of the worst.
+        Writes suspects.csv, a line per example, and suspects.html, pictures of the worst. With
+        --apply it writes a list of labels as well, without those that look wrong (score above 0),
+        or with the suggested ones in their place: `run --labels` trains on it. No picture is
+        moved or changed.
         """
 
         run: Annotated[tyro.conf.Positional[pathlib.Path], Help(help="the run directory")]
         out: Annotated[
-            pathlib.Path | None, Help(help="the folder to write to, if not the run directory")
+            pathlib.Path | None,
+            Help(
+                help="the folder to write to, if not the run directory; with --apply the list to "
+                "write, if not labels.csv in it"
+            ),
+        ] = None
+        apply: Annotated[
+            Literal["drop", "relabel"] | None,
+            Help(help="write a list of labels: leave the suspects out, or relabel them"),
         ] = None
         count: Annotated[int, Help(help="how many images to show on the page")] = 200
 
     chosen = tyro.cli(Suspects, args=args, prog="python -m train suspects")
     if chosen.count < 1:
         raise ValueError(f"--count must be at least 1, got {chosen.count}")
+    out, listed = chosen.out or chosen.run, None
+    if chosen.apply is not None:
+        out, listed = chosen.run, chosen.out or chosen.run / "labels.csv"
+        correct.check_place(listed, read_config(chosen.run))
     found = suspects.rank(chosen.run)
-    out = chosen.out or chosen.run
     out.mkdir(parents=True, exist_ok=True)
     suspects.write_csv(found, out / "suspects.csv")
     title = f"{found.description.dataset}: labels that look wrong"
     suspects.write_page(found, out / "suspects.html", chosen.count, title)
-    above = int((found.means.score > 0).sum())
-    console.print(f"{above:,} of {len(found.given):,} labels look wrong (score above 0)")
+    if chosen.apply is None:
+        above = int((found.means.score > 0).sum())
+        console.print(f"{above:,} of {len(found.given):,} labels look wrong (score above 0)")
     for what, names in (
         ("are gone", found.gone),
         ("have another label by now and are left out", found.relabelled),
@@ -327,7 +351,15 @@ def _suspects(args: list[str], console: Console) -> None:
     if found.true is not None and (found.given != found.true).any():
         console.print("against the true labels, %:")
         _print_figures(suspects.measure(found), console)
-    console.print(f"written: {out / 'suspects.csv'}, {out / 'suspects.html'}")
+    written = [out / "suspects.csv", out / "suspects.html"]
+    if chosen.apply is not None and listed is not None:
+        dataset = load_dataset(read_config(chosen.run))
+        corrected = correct.correct(found, dataset, chosen.apply)
+        corrected.write(listed, "file" if found.description.has_files else "example")
+        for line in corrected.said():
+            console.print(line, soft_wrap=True)
+        written.append(listed)
+    console.print(f"written: {', '.join(map(str, written))}")
 
 
 def _print_figures(figures: dict[str, Any], console: Console) -> None:
@@ -387,6 +419,7 @@ def _prepare(args: list[str], console: Console) -> None:
 
 
 COMMANDS = {
+    "clean": _clean,
     "demo": _demo,
     "run": _run,
     "experiment": _experiment,
@@ -442,9 +475,11 @@ def _run_command(name: str, args: list[str], console: Console) -> int:
 
 
 def _code_of(name: str, args: list[str], console: Console) -> int:
+    from train.problem import forget
     from train.run_directory import RunDirectoryError
     from train.trainer import Interrupted, NotFiniteError
 
+    forget()  # of an earlier command in this process
     try:
         COMMANDS[name](args, console)
     except Interrupted as stopped:

@@ -108,8 +108,9 @@ class RunDirectory:
             # A field that came with a later version has its default in the older run.
             found = {**Config().to_json(), **found}
             differ = [name for name in wanted if found[name] != wanted[name]]
-            if "data_dir" in differ:  # the data have moved; whether they changed data.json says
-                differ.remove("data_dir")
+            # The data or their list have moved; whether they have changed, data.json says.
+            moved = {"data_dir"} if self.description is None else {"data_dir", "labels"}
+            differ = [name for name in differ if name not in moved]
             if differ:
                 name = differ[0]
                 raise RunDirectoryError(
