@@ -168,6 +168,8 @@ def coherent_steps(
         _validate.one_gradient(
             updates, state.direction, "coherent_steps takes an ordinary gradient, of one batch"
         )
+        if not jax.tree.leaves(updates):
+            return updates, state._replace(count=optax.safe_increment(state.count))
         if losses_fn is not None:
             alignment = example_alignment(
                 lambda params, _: losses_fn(params), params, None, state.direction
@@ -210,7 +212,8 @@ def _agreement(
     gains = jnp.where(usable, gains, 0)
     sizes = jnp.abs(gains)
     # Of a clean set the few examples that the network gets wrong would outweigh all the others.
-    median = jnp.nanmedian(jnp.where(sizes > 0, sizes, jnp.nan))
+    sizes = jnp.append(jnp.where(sizes > 0, sizes, jnp.nan), jnp.nan)  # or n = 0 is an error
+    median = jnp.nanmedian(sizes)
     gains = jnp.clip(gains / median, -_LARGEST, _LARGEST)
     total = jnp.sum(jnp.abs(gains))
     has_say = total > 0  # False for the NaN of no median

@@ -121,15 +121,24 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def no_masked(tree: PyTree) -> None:
+_MASKS_AFTER = (
+    " and would stay stacked. Put masks after the reweighting, which belongs first in the chain: "
+    "optax.chain(bilevel_reweight(...), optax.masked(...)). Inside a partition whose other labels "
+    "reduce their own leaves, pass allow_masked=True"
+)
+_MASKS_INSIDE = (
+    ". Put masks inside, around the optimizer that is wrapped: coherent_steps(optax.masked(...)), "
+    "bilevel_multi_steps(optax.partition(...), every_k)"
+)
+
+
+def no_masked(tree: PyTree, what: str = "gradient", remedy: str = _MASKS_AFTER) -> None:
     """Raises ValueError at the first `optax.MaskedNode`."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_masked):
         if _is_masked(leaf):
             raise ValueError(
-                f"gradient leaf {path_name(path)} is hidden by optax.masked or optax.partition and "
-                "would stay stacked. Put masks after the reweighting, which belongs first in the "
-                "chain: optax.chain(bilevel_reweight(...), optax.masked(...)). Inside a partition "
-                "whose other labels reduce their own leaves, pass allow_masked=True"
+                f"{what} leaf {path_name(path)} is hidden by optax.masked or optax.partition"
+                f"{remedy}"
             )
 
 
@@ -150,13 +159,12 @@ def parameters(params: PyTree) -> None:
     Raises:
         ValueError: naming a leaf that is no floating-point array, and what to do with it.
     """
-    no_masked(params)
+    no_masked(params, "parameter", _MASKS_INSIDE)
     inexact(
         params,
         "parameter",
         ". Give init the trained parameters alone: with Equinox eqx.filter(model, "
-        "eqx.is_inexact_array), with Flax NNX nnx.state(model, nnx.Param); or put the "
-        "transformation inside optax.partition or optax.masked",
+        "eqx.is_inexact_array), with Flax NNX nnx.state(model, nnx.Param)",
     )
 
 
@@ -255,7 +263,7 @@ def one_gradient(grads: PyTree, like: PyTree, remedy: str) -> None:
     Raises:
         ValueError: naming the leaf, what was expected and what came.
     """
-    no_masked(grads)
+    no_masked(grads, remedy=_MASKS_INSIDE)
     inexact(grads)
     for path, leaf, shape in _beside(grads, like):
         if tuple(leaf.shape) != shape:

@@ -341,9 +341,9 @@ def test_multi_steps_after_it():
 
 
 def test_bilevel_multi_steps_in_a_chain_and_in_masked():
-    """It takes ordinary gradients: what comes before sees mini-batches, masks may be anywhere."""
+    """It takes ordinary gradients: what comes before sees mini-batches; masks go inside."""
     clipped = optax.chain(optax.clip(0.5), bilevel_multi_steps(optax.sgd(1.0), K))
-    with pytest.raises(ValueError, match=WRONG):
+    with pytest.raises(ValueError, match="Put masks inside, around the optimizer"):
         optax.masked(bilevel_multi_steps(optax.sgd(1.0), K), {"w": True, "b": False}).init(params())
     state, update = clipped.init(params()), jax.jit(clipped.update)
     for i in range(K):

@@ -16,6 +16,7 @@ import optax_bilevel
 from tests.optax_bilevel.problems import assert_close, assert_nothing, distance, stack_of
 
 PARAMS = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(5)}
+COHERENT = optax_bilevel.coherent_steps(optax.sgd(1.0))
 K = 4
 
 
@@ -489,11 +490,16 @@ def test_masked_leaves():
     for call in (
         lambda: optax_bilevel.bilevel_weights(masked),
         lambda: optax_bilevel.bilevel_reweight().init(masked),
-        lambda: optax_bilevel.bilevel_multi_steps(optax.sgd(1.0), 3).init(masked),
         lambda: collective(masked),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    message = r"leaf \['b'\] is hidden .* Put masks inside, around the optimizer that is wrapped"
+    for tx in (optax_bilevel.bilevel_multi_steps(optax.sgd(1.0), 3), COHERENT):
+        with pytest.raises(ValueError, match="parameter " + message):
+            tx.init({**PARAMS, "b": optax.MaskedNode()})
+        with pytest.raises(ValueError, match="gradient " + message):
+            tx.update({**PARAMS, "b": optax.MaskedNode()}, tx.init(PARAMS), alignment=jnp.ones(2))
     tx = optax_bilevel.bilevel_reweight(allow_masked=True)
     update, _ = tx.update(masked, tx.init(masked))
     assert update["b"] == optax.MaskedNode()
