@@ -6,15 +6,16 @@ ended; 75 stopped by SIGTERM and 130 by SIGINT, the state of the training saved:
 on.
 """
 
-import dataclasses
-import errno
-import pathlib
-import signal
 import sys
-import warnings
-from typing import Annotated, Any, Literal
 
 try:  # Ctrl-C ends these as it does a command before it trains
+    import dataclasses
+    import errno
+    import pathlib
+    import signal
+    import warnings
+    from typing import Annotated, Any, Literal
+
     import tyro
     from rich.console import Console
     from rich.table import Table

@@ -55,7 +55,8 @@ def draw_demo(runs: Runs, file: pathlib.Path) -> None:
     """
     figure, (test, memorised, omega) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     for method, seeds in runs.items():
-        _curve(test, method, seeds, "test")
+        if "test" in seeds[0][0]:
+            _curve(test, method, seeds, "test")
         _curve(memorised, method, seeds, "train_given")
     test.set(title="Accuracy on clean test images", xlabel="epoch", ylabel="%")
     memorised.set(
@@ -63,7 +64,8 @@ def draw_demo(runs: Runs, file: pathlib.Path) -> None:
     )
     for axes in (test, memorised):
         axes.grid(alpha=0.3)
-    test.legend(loc="lower left", frameon=False)
+    if test.has_data():
+        test.legend(loc="lower left", frameon=False)
     weighed = [
         method
         for method in ("bilevel", "bilevel_exact")
@@ -196,10 +198,14 @@ def draw_rows(title: str, rows: dict[str, Any], curves: Runs, same_data: bool) -
                 row["test_last_mean"], place, xerr=row["test_last_std"], fmt="o", ms=5, color=color
             )
             ours.plot(row["test_best_mean"], place, "o", ms=5, mfc="none", color=color)
+            if "stopped_mean" in row:
+                ours.plot(row["stopped_mean"], place, "s", ms=5, mfc="none", color=color)
             if curves[series]:
                 _curve(test, series, curves[series], "test", color)
         ours.set_yticks(range(len(rows)), [style(series)[0] for series in rows])
         marks = "test, %: last ●, best epoch ○"
+        if any("stopped_mean" in row for row in rows.values()):
+            marks += ", stopped by held-out labels □"
         if printed:
             paper = axes["paper"] if beside else ours
             paper.plot(list(printed.values()), list(printed), "D", ms=5, mfc="none", color=INK)

@@ -63,6 +63,11 @@ def _dataset(
     return data.load(name, data_dir, image_size=image_size, labels=labels, bad_files=bad_files)
 
 
+def forget() -> None:
+    """Lets go of the data sets in memory: what is on the disk may have changed since."""
+    _dataset.cache_clear()
+
+
 def load_dataset(config: Config) -> data.Dataset:
     """The whole data set of a config.
 

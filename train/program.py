@@ -123,8 +123,8 @@ def _build(
         graph=nnx.graphdef(nnx.eval_shape(method.network, network)),
         num_classes=num_classes,
         multi_label=multi_label,
-        num_examples=num_train + num_held_out if num_train else 0,
         num_train=num_train,
+        num_held_out=num_held_out,
         layout=layout,
     )
 

@@ -5,11 +5,11 @@ import functools
 import html
 import json
 import pathlib
-import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import markdown_it
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ from train.arms import Outcome
 from train.config import Config, ConfigError
 from train.experiments import runner
 from train.experiments.common import SCALES, Arm, Panel
-from train.run_directory import write_json
+from train.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,14 +184,18 @@ def _row(arm: Arm, finished: dict[int, Outcome], command: str, directory: Any) -
     figures["visits"] = figures["steps"] * arm.config.k * arm.config.b
     first = directory(arm, next(iter(finished)))
     wrong = [_wrong_labels(directory(arm, seed)) for seed in finished]
-    figures |= arm_loop.over_seeds([{"wrong_labels": share} for share in wrong], ["wrong_labels"])
+    figures |= arm_loop.over_seeds(wrong, ["wrong_labels"])
     return Row(arm, figures, [lines for _, lines in finished.values()], command, _command(first))
 
 
-def _wrong_labels(run: pathlib.Path) -> float:
-    """The share of the training labels that are wrong, %."""
-    given, true = noise.load(run / "noise.npz")
-    return 100 * float(np.mean(np.any((given != true).reshape(len(given), -1), axis=1)))
+def _wrong_labels(run: pathlib.Path) -> dict[str, float]:
+    """The share of the given labels that are wrong, %, where the run changed them itself."""
+    file = run / "noise.npz"
+    if not file.exists():
+        return {}
+    given, true = noise.load(file)
+    wrong = np.any((given != true).reshape(len(given), -1), axis=1)
+    return {"wrong_labels": 100 * float(np.mean(wrong))}
 
 
 def _command(run: pathlib.Path) -> str:
@@ -248,12 +252,12 @@ def write(paths: Sequence[pathlib.Path], out: pathlib.Path, docs: pathlib.Path |
     """
     sections = read(paths)
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    inline: dict[str, list[str]] = {}
+    inline: dict[str, str] = {}
     for section in sections:
         for name, figure in _figures(section):
             for suffix in ("png", "svg"):
                 plots.save(figure, out / "figures" / f"{name}.{suffix}")
-            inline.setdefault(section.key, []).append(plots.inline_svg(figure, name))
+            inline[f"figures/{name}.png"] = plots.inline_svg(figure, name)
             plt.close(figure)
     (out / "index.html").write_text(_page(sections, inline))
     (out / "report.md").write_text(markdown(sections))
@@ -297,7 +301,7 @@ def summary(sections: list[Section]) -> dict[str, Any]:
 def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
     """Those of panels with runs at hand, by name."""
     for number, (panel, rows) in enumerate(section.panels().items(), 1):
-        if not any(row.curves for row in rows):
+        if not _can_be_drawn(rows) or not any(row.curves for row in rows):
             continue
         drawn = [{**row.figures, "x": row.arm.x, "paper": row.arm.paper} for row in rows]
         if panel.x is not None and len({row.arm.x for row in rows}) > 1:
@@ -318,39 +322,51 @@ def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
         yield f"{section.key}-{number}", figure
 
 
+def _can_be_drawn(rows: list[Row]) -> bool:
+    """Whether there is a test accuracy to draw; a folder may have no test part."""
+    return all("test_last_mean" in row.figures for row in rows)
+
+
 def _with_deviation(row: Row, name: str) -> str:
-    deviation = f" ± {row.figures[f'{name}_std']:.1f}" if len(row.figures["seeds"]) > 1 else ""
-    return f"{row.figures[f'{name}_mean']:.1f}{deviation}"
+    """Mean and deviation of a figure; empty where the runs do not have it."""
+    if len(row.figures["seeds"]) > 1:
+        return arm_loop.with_deviation(row.figures, name)
+    return _mean(row, name)
+
+
+def _mean(row: Row, name: str, form: str = ".1f") -> str:
+    mean = row.figures.get(f"{name}_mean")
+    return "" if mean is None else f"{mean:{form}}"
 
 
 def _cells(row: Row) -> dict[str, str]:
-    """Heading -> cell, for both kinds of table."""
+    """Heading -> cell."""
     figures, paper = row.figures, row.arm.paper
-    with_deviation = functools.partial(_with_deviation, row)
-
-    memory = figures.get("memory_mb_mean")
-    clean = row.arm.config.noise == "none" and row.arm.after is None
+    gap = ""
+    if row.arm.config.noise == "none" and row.arm.after is None and "test_last_mean" in figures:
+        gap = f"{figures['train_noisy_mean'] - figures['test_last_mean']:.1f}"
     return {
         "arm": row.arm.label,
-        "test, last": with_deviation("test_last"),
+        "test, last": _with_deviation(row, "test_last"),
         "paper: test": f"{paper['test']:.1f}" if "test" in paper else "",
-        "test, best": with_deviation("test_best"),
-        "at epoch": f"{figures['best_epoch_mean']:.0f}",
-        "wrong labels": f"{wrong:.1f}" if (wrong := figures["wrong_labels_mean"]) else "",
-        "train, given": with_deviation("train_noisy"),
+        "test, stopped": _with_deviation(row, "stopped"),
+        "test, best": _with_deviation(row, "test_best"),
+        "at epoch": _mean(row, "best_epoch", ".0f"),
+        "wrong labels": _mean(row, "wrong_labels"),
+        "train, given": _with_deviation(row, "train_noisy"),
         "paper: train": f"{paper['train']:.1f}" if "train" in paper else "",
-        "train, true": with_deviation("train_clean"),
-        "gap": f"{figures['train_clean_mean'] - figures['test_last_mean']:.1f}" if clean else "",
+        "train, true": _with_deviation(row, "train_clean"),
+        "gap": gap,
         "seeds": str(len(figures["seeds"])),
         "steps": f"{figures['steps']:,}",
         "visits": f"{figures['visits']:,}",
-        "seconds": f"{figures['seconds_mean']:.0f}",
-        "MB": "" if memory is None else f"{memory:,.0f}",
+        "seconds": _mean(row, "seconds", ".0f"),
+        "MB": _mean(row, "memory_mb", ",.0f"),
     }
 
 
 Table = tuple[list[str], list[list[str]]]
-"""Headings and cells; what stands between ** is bold."""
+"""Headings and cells, in Markdown."""
 
 
 def _table(rows: list[Row]) -> Table:
@@ -374,7 +390,7 @@ def _summary_table(panel: Panel, rows: list[Row]) -> Table | None:
     for row in rows:
         groups.setdefault((row.arm.x, row.arm.series.partition(", ")[2]), []).append(row)
     best = [
-        max(group, key=lambda row: row.figures["test_last_mean"])
+        max(group, key=lambda row: row.figures.get("test_last_mean", 0))
         for group in groups.values()
         if len(group) > 1
     ]
@@ -389,46 +405,54 @@ def _summary_table(panel: Panel, rows: list[Row]) -> Table | None:
     )
 
 
+_LEGEND = (
+    "Accuracy in %, mean ± standard deviation over seeds. Test: clean test labels; the last epoch, "
+    "the one that held-out labels choose, the best one. Wrong labels: the share of the given ones, "
+    "where the runs changed them. Train: on the given (noisy) and on the true labels. Gap: train "
+    "less test, last, where labels are clean. Visits: images seen in training. MB: the most main "
+    "memory of the process, what the arms before have left in it included."
+)
+
+
 def markdown(sections: list[Section]) -> str:
     """Headings, figures (in the folder ``figures``) and tables."""
-    lines = [
-        "Accuracy in %, mean ± standard deviation over seeds; `test`: clean test labels, last and "
-        "best epoch; `wrong labels`: the share of the training labels, %; `train`: on the given "
-        "(noisy) and on the true labels; `gap`: train less test, last, where labels are clean; "
-        "`visits`: images seen in training; `MB`: the most main memory of the process, what the "
-        "arms before have left in it included.",
-    ]
+    parts = [_LEGEND]
     for section in sections:
-        lines += ["", f"## {section.title}"]
-        if section.note:
-            lines += ["", section.note]
-        for number, (panel, rows) in enumerate(section.panels().items(), 1):
-            lines += [
-                "",
-                f"### {panel.title}",
-                "",
-                f"![{panel.title}](figures/{section.key}-{number}.png)",
-            ]
-            every, summary = _table(rows), _summary_table(panel, rows)
-            if summary is None:
-                lines += ["", *_markdown_table(every)]
-            else:
-                lines += ["", _SUMMARY, "", *_markdown_table(summary)]
-                lines += ["", f"<details><summary>{_ALL}</summary>", "", *_markdown_table(every)]
-                lines += ["", "</details>"]
-            commands = dict.fromkeys(row.command for row in rows)
-            lines += ["", f"<details><summary>{_COMMANDS}</summary>", "", "```text", *commands]
-            lines += ["```", "", "</details>"]
-    return "\n".join(lines) + "\n"
+        parts += [f"## {section.title}", *_of_section(section)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> list[str]:
+def _of_section(section: Section, *, runs: bool = False) -> Iterable[str]:
+    """Blocks of Markdown; with `runs` also the command of one run of each arm."""
+    if section.note:
+        yield section.note
+    for number, (panel, rows) in enumerate(section.panels().items(), 1):
+        yield f"### {panel.title}"
+        if _can_be_drawn(rows):
+            yield f"![{panel.title}](figures/{section.key}-{number}.png)"
+        every, summary = _table(rows), _summary_table(panel, rows)
+        if summary is None:
+            yield _markdown_table(every)
+        else:
+            yield _SUMMARY
+            yield _markdown_table(summary)
+            yield from _details(_ALL, _markdown_table(every))
+        commands = [row.command for row in rows]
+        commands += [row.run_command for row in rows if runs and row.run_command]
+        yield from _details(_COMMANDS, "\n".join(["```text", *dict.fromkeys(commands), "```"]))
+
+
+def _details(summary: str, content: str) -> Iterable[str]:
+    """Something that unfolds."""
+    yield f"<details><summary>{summary}</summary>"
+    yield content
+    yield "</details>"
+
+
+def _markdown_table(table: Table) -> str:
     headings, cells = table
-    return [
-        f"| {' | '.join(headings)} |",
-        f"|---|{'---:|' * (len(headings) - 1)}",
-        *(f"| {' | '.join(row)} |" for row in cells),
-    ]
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # ---------------------------------------------------------------------------------- the page
@@ -444,13 +468,11 @@ body { margin: 0 auto; max-width: 84rem; padding: 1rem; background: var(--paper)
 h1 { font-size: 1.5rem } h2 { margin-top: 3rem; font-size: 1.25rem }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
 nav a { display: inline-block; margin-right: 1rem } a { color: inherit }
-.figures { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
 figure { margin: 0; padding: .5rem; background: var(--card); border-radius: .5rem;
   max-width: 34rem }
 svg { display: block; width: 100%; height: auto; font-family: system-ui, sans-serif }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
-th, td { padding: .2rem .45rem; text-align: right; white-space: nowrap;
+th, td { padding: .2rem .45rem; white-space: nowrap;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
 th { color: var(--soft); font-weight: 500 } th:first-child, td:first-child { text-align: left;
   position: sticky; left: 0; background: var(--paper) }
@@ -462,54 +484,22 @@ summary { cursor: pointer; margin: .6rem 0 } .soft { color: var(--soft) }
 """
 
 
-def _html_table(table: Table) -> str:
-    headings, cells = table
-
-    def row(tag: str, texts: list[str]) -> str:
-        escaped = (re.sub(r"\*\*(.+)\*\*", r"<b>\1</b>", html.escape(text)) for text in texts)
-        return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in escaped)}</tr>"
-
-    lines = [row("th", headings), *(row("td", texts) for texts in cells)]
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-
-
-def _page(sections: list[Section], figures: dict[str, list[str]]) -> str:
-    escape = html.escape
+def _page(sections: list[Section], figures: dict[str, str]) -> str:
+    """The same Markdown as HTML, with the figures in it."""
     body = [
         "<h1>Deep Bilevel Learning: runs</h1>",
-        '<p class="soft">Accuracy in %, mean ± standard deviation over seeds. Test: clean labels,',
-        "last and best epoch. Wrong labels: the share of the training labels, %. Train: on the",
-        "given (noisy) and on the true labels. Gap: train less test, last, where labels are clean.",
-        "Visits: images seen in training. MB: the most main memory of the process, what the arms "
-        "before have left in it included.</p>",
+        f'<p class="soft">{html.escape(_LEGEND)}</p>',
         "<nav>",
-        *(f'<a href="#{s.key}">{escape(s.title)}</a>' for s in sections),
+        *(f'<a href="#{s.key}">{html.escape(s.title)}</a>' for s in sections),
         "</nav>",
     ]
     for section in sections:
-        body.append(f'<section id="{section.key}"><h2>{escape(section.title)}</h2>')
-        if section.note:
-            body.append(f'<p class="soft">{escape(section.note)}</p>')
-        body.append('<div class="figures">')
-        body += [f"<figure>{svg}</figure>" for svg in figures[section.key]]
-        body.append("</div>")
-        for panel, rows in section.panels().items():
-            body.append(f"<h3>{escape(panel.title)}</h3>")
-            every, summary = _table(rows), _summary_table(panel, rows)
-            if summary is None:
-                body.append(_html_table(every))
-            else:
-                body.append(f'<p class="soft">{_SUMMARY}</p>{_html_table(summary)}')
-                body.append(f"<details><summary>{_ALL}</summary>{_html_table(every)}</details>")
-        body.append(f"<details><summary>{_COMMANDS}</summary>")
-        for row in section.rows:
-            commands = dict.fromkeys((row.command, row.run_command))
-            body.append(f"<h3>{escape(row.arm.label)}</h3>")
-            body.append("".join(f"<pre>{escape(command)}</pre>" for command in commands))
-        body.append("</details>")
+        text = "\n\n".join(_of_section(section, runs=True))
+        body.append(f'<section id="{section.key}"><h2>{html.escape(section.title)}</h2>')
+        body.append(_as_html(text, figures))
         if section.about:
             body.append("<details><summary>The paper, and what was done here</summary>")
-            body.append(f'<pre class="about">{escape(section.about.strip())}</pre></details>')
+            body.append(f'<pre class="about">{html.escape(section.about.strip())}</pre></details>')
         body.append("</section>")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -518,3 +508,17 @@ def _page(sections: list[Section], figures: dict[str, list[str]]) -> str:
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
+
+
+def _as_html(text: str, figures: dict[str, str]) -> str:
+    """Markdown as HTML; `figures` has the ``<svg>`` of every picture in it, by its file."""
+    made = markdown_it.MarkdownIt("commonmark").enable("table")
+
+    def picture(self: Any, tokens: Any, number: int, *_: Any) -> str:
+        return f"<figure>{figures[str(tokens[number].attrs['src'])]}</figure>"
+
+    made.add_render_rule("image", picture)
+    # On a telephone a table moves sideways by itself.
+    made.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>')
+    made.add_render_rule("table_close", lambda *_: "</table></div>")
+    return made.render(text)

@@ -12,7 +12,6 @@ import numpy as np
 from train import evaluate, noise
 from train.checkpoints import Checkpoints
 from train.config import Config, ConfigError
-from train.data import DataNotFoundError
 from train.description import Description
 from train.problem import Problem, load_problem
 from train.program import Program
@@ -121,7 +120,7 @@ def evaluate_run(directory: pathlib.Path) -> dict[str, Any]:
     lines = [line for line in read_metrics(directory) if line["step"] <= step]
     try:
         problem = run.problem()
-    except (DataNotFoundError, RunDirectoryError) as error:
+    except (OSError, ValueError, RunDirectoryError) as error:  # gone, damaged, changed
         if not lines:
             raise ConfigError(f"{directory} has noted no figures yet, and {error}") from error
         warnings.warn(f"the figures are those that the run noted: {error}", stacklevel=2)

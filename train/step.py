@@ -31,8 +31,8 @@ class Step:
         tx: the optimizer, wrapped by the method.
         graph: of the network, wrapped by the method.
         num_classes, multi_label: of the labels.
-        num_examples: those that the steps gather evidence about; 0: about none.
-        num_train: how many of these are trained on, the first ones.
+        num_train, num_held_out: the examples that the steps gather evidence about, in this order;
+            0: about none.
         layout: how the mini-batches lie on a mesh; None on one device.
     """
 
@@ -43,8 +43,8 @@ class Step:
     graph: Any
     num_classes: int
     multi_label: bool
-    num_examples: int
     num_train: int
+    num_held_out: int
     layout: Layout | None
 
     # ---------------------------------------------------------------------------------- init
@@ -61,9 +61,10 @@ class Step:
         """The state of a run that starts from this network."""
         _, params, batch_stats = nnx.split(self.method.network(network), nnx.Param, ...)
         evidence = best = None
-        if self.num_examples and not self.multi_label:
-            evidence = Evidence.zeros(self.num_examples, self.config.example_alignment)
-        if self.config.held_out:
+        if self.num_train and not self.multi_label:
+            count = self.num_train + self.num_held_out
+            evidence = Evidence.zeros(count, self.config.example_alignment)
+        if self.num_held_out:
             best = Best(jnp.zeros((), jnp.int32), *_copies((params, batch_stats)))
         return State(
             step=jnp.zeros((), jnp.int32),
@@ -207,7 +208,7 @@ class Step:
         best = jax.tree.map(lambda x, y: jnp.where(measured.improved, x, y), now, state.best)
         evidence = state.evidence
         if evidence is not None and measured.scores is not None:
-            indices = jnp.arange(self.num_train, self.num_examples)
+            indices = self.num_train + jnp.arange(self.num_held_out)
             evidence = evidence.add_held_out(indices, measured.labels, measured.scores)
         return state._replace(best=best, evidence=evidence)
 

@@ -81,12 +81,12 @@ def _run(args: list[str], file: pathlib.Path, devices: int, at_step: Any) -> Non
     import sys
 
     from train import __main__ as cli
-    from train import trainer
+    from train import loop
 
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     if at_step is not None:
         step, signum = at_step
-        advance = trainer.advance
+        advance = loop.advance
 
         def advance_and_send(*args: Any) -> Any:
             result = advance(*args)
@@ -95,5 +95,5 @@ def _run(args: list[str], file: pathlib.Path, devices: int, at_step: Any) -> Non
                 time.sleep(0.2 if signum != signal.SIGKILL else 60)
             return result
 
-        trainer.advance = advance_and_send
+        loop.advance = advance_and_send
     sys.exit(cli.main(args))

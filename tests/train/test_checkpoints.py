@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.train import tiny
-from train.checkpoints import Checkpoints
+from train.checkpoints import CheckpointError, Checkpoints
 
 
 def state(seed=0):
@@ -292,20 +292,23 @@ def test_a_disk_that_really_takes_no_more(tmp_path):
     ]
 
 
-def test_the_state_of_a_method_goes_on_on_any_number_of_devices(tmp_path):
-    """Rows of one parameter with 10 entries: of no, two and four devices, padded with zeros."""
+@damaged
+def test_what_can_be_read_back_is_confirmed_and_what_cannot_is_an_error(copied):
+    with Checkpoints(copied) as checkpoints:
+        checkpoints.save(3, state(3))
+        checkpoints.confirm(3, like())
+        checkpoints.save(4, state(4), wait=True)
+        DAMAGES["flipped"](array_file(copied, 4))
+        message = r"step 4 cannot be kept .*make space .* goes on from step 3"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.confirm(4, like())
+    tiny.assert_same_bits(restored(copied), state(3))
 
-    def cut(rows):
-        flat = np.pad(np.arange(1.0, 11, dtype=np.float32), (0, -10 % rows))
-        return {"method": ({"average": jnp.asarray(flat.reshape(rows, -1))}, jnp.float32(0.5))}
 
-    whole = {"method": ({"average": jnp.arange(1.0, 11)}, jnp.float32(0.5))}
-    states = [whole, cut(2), cut(4)]
-    for number, before in enumerate(states):
-        folder = tmp_path / str(number)
-        with Checkpoints(folder) as checkpoints:
-            checkpoints.save(1, before, wait=True)
-        for after in states:
-            with Checkpoints(folder) as checkpoints:
-                result = checkpoints.restore(jax.tree.map(jnp.zeros_like, after))
-            tiny.assert_same_bits(result, after)
+def test_what_was_not_written_is_not_confirmed(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+        with pytest.warns(UserWarning, match="step 1 not written, and there is no other"):
+            checkpoints.save(1, state(1))
+        with pytest.raises(CheckpointError, match=r"No space left.* goes on from the beginning"):
+            checkpoints.confirm(1, like())

@@ -47,6 +47,8 @@ def test_arms(name, scale):
     experiment = experiments.load(name)
     arms = experiment.arms(scale)
     assert experiment.name == name
+    # The paper holds nothing out beside its validation mini-batches.
+    assert all(not arm.config.held_out for arm in arms if arm.config.method != "coherent")
     labels = [arm.label for arm in arms]
     assert len(set(labels)) == len(labels)
     assert all(pathlib.Path(label).name == label for label in labels)
@@ -207,7 +209,7 @@ def test_a_whole_experiment(choice, tmp_path, monkeypatch):
     assert config["pretrained"] == str(folder / "bilevel-s1")
 
     # Again: nothing is trained, and arms that were not asked for stay in the summary.
-    monkeypatch.setattr(trainer, "_loop", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(trainer, "loop", lambda *args: pytest.fail("trained again"))
     out = console()
     again = runner.run(dataclasses.replace(choice, only=("uniform",), seeds=(0,)), out)
     assert again == summary

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.train import tiny
 from train import data, feed, loop, noise, sampler, trainer
 from train import problem as problem_module
+from train.checkpoints import CheckpointError
 from train.config import Config, ConfigError
 from train.run_directory import RunDirectory, RunDirectoryError, read_metrics
 from train.state import RawBatch, Resident
@@ -382,6 +383,57 @@ def test_a_full_disk_is_a_warning_and_the_run_goes_on(finished, tmp_path, monkey
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 12]
 
 
+@pytest.mark.filterwarnings("ignore:checkpoint of step")
+@pytest.mark.parametrize("room_until", [0, 8])
+def test_a_run_whose_last_checkpoint_finds_no_room_is_not_finished(
+    finished, tmp_path, monkeypatch, room_until
+):
+    save = ocp.CheckpointManager.save
+
+    def full(manager, step, **options):
+        if step > room_until:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(manager, step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", full)
+        after = f"step {room_until}" if room_until else "the beginning"
+        with pytest.raises(CheckpointError, match=f"step 12 cannot be kept.*goes on from {after}"):
+            run(PLAIN, tmp_path)
+        assert not (tmp_path / "result.json").exists()
+        with pytest.raises(CheckpointError, match="step 10 cannot be kept"):  # nor is a stop saved
+            run(PLAIN, tmp_path, on_step=interrupt_at(10))
+    steps = []
+    run(PLAIN, tmp_path, on_step=steps.append)
+    assert steps[0] == room_until + 1
+    assert_same_run(tmp_path, finished, PLAIN)
+
+
+def test_a_finished_run_without_its_network_is_trained_again(finished, tmp_path):
+    directory = copy(finished, tmp_path / "run")
+    shutil.rmtree(directory / "checkpoints")
+    steps = []
+    run(PLAIN, directory, on_step=steps.append)
+    assert steps[0] == 1
+    assert_same_run(directory, finished, PLAIN)
+
+
+def test_metrics_that_cannot_be_written_end_the_run_and_it_goes_on(finished, tmp_path, monkeypatch):
+    append = RunDirectory.append_metrics
+
+    def full(self, line):
+        if line["epoch"] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+        append(self, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "append_metrics", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(PLAIN, tmp_path)
+    run(PLAIN, tmp_path)
+    assert_same_run(tmp_path, finished, PLAIN)
+
+
 def test_nan_stops_the_run_with_the_step_named_and_the_checkpoint_before_kept(tmp_path):
     config = tiny.config(method="uniform", learning_rate=1e30, schedule="constant")
     with pytest.raises(NotFiniteError, match=r"^step 1 left NaN or Inf .* smaller learning rate"):
@@ -451,16 +503,18 @@ def test_a_run_goes_on_with_its_own_labels_alone(tmp_path):
 
 def test_the_side_of_images_is_a_choice(tmp_path):
     for split in ("train", "test"):
-        (tmp_path / split / "a").mkdir(parents=True)
-        for side in (9, 12):
-            Image.new("L", (side, side)).save(tmp_path / split / "a" / f"{side}.png")
+        for label in "ab":
+            (tmp_path / split / label).mkdir(parents=True)
+            for shade in (40, 200):
+                Image.new("L", (12, 12), shade).save(tmp_path / split / label / f"{shade}.png")
     choices = {
         "dataset": "folder", "data_dir": str(tmp_path), "k": 2, "b": 1, "sampling": "random",
         "method": "sgd", "held_out": 0.0,
     }  # fmt: skip
-    with pytest.raises(ValueError, match="give --image-size N"):
-        trainer.load_problem(Config(**choices))
-    assert trainer.load_problem(Config(**choices, image_size=8)).dataset.image_shape == (8, 8, 1)
+    for size, side in ((None, 12), (9, 9)):
+        problem = trainer.load_problem(Config(**choices, image_size=size))
+        assert problem.dataset.image_shape == (side, side, 1)
+        assert problem.network == "resnet_small"  # none is named
 
 
 def test_labels_stay_as_they_are_unless_noise_is_asked_for():
@@ -611,10 +665,10 @@ def multi_label(monkeypatch):
     dataset = data.Dataset(
         "stripes", make(96, 0), make(64, 1), 4, tuple("abcd"), (4, 4, 1), multi_label=True
     )
-    problem_module._dataset.cache_clear()
+    problem_module.forget()
     monkeypatch.setattr(data, "load", lambda name, data_dir, **options: dataset)
     yield dataset
-    problem_module._dataset.cache_clear()
+    problem_module.forget()
 
 
 def test_several_labels_from_end_to_end(multi_label, tmp_path):
