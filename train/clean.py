@@ -93,6 +93,9 @@ class Clean:
     ] = None
     seed: Annotated[int, Help(help="of weights, held-out pictures and their order")] = 0
     devices: Annotated[int | None, Help(help="use so many devices; none: all there are")] = None
+    checkpoint_seconds: Annotated[
+        float, Help(help="save every so many seconds; 0: at every end of an epoch")
+    ] = 60.0
 
 
 def run(clean: Clean, console: Console) -> dict[str, Any]:
@@ -117,7 +120,7 @@ def run(clean: Clean, console: Console) -> dict[str, Any]:
         first = trainer.load_problem(config)
         demo.describe(first, config, console)
         _forget_if_changed(out, first, console)
-        _train(FIRST, config, out, first, clean.devices, console)
+        _train(FIRST, config, first, clean, console)
         ranked = _rank(out, console)
         last = FIRST
         by_hand = ranked["digest"] != _digest(out / LABELS)
@@ -129,7 +132,7 @@ def run(clean: Clean, console: Console) -> dict[str, Any]:
             second = trainer.load_problem(config)
             if _changes(out / SECOND, second):
                 _remove(out, SUMMARY, MODEL, SECOND)
-            _train(SECOND, config, out, second, clean.devices, console)
+            _train(SECOND, config, second, clean, console)
             last = SECOND
         export.save(export.from_run(out / last, chosen(out / last)[0]), out / MODEL)
         summary = summarize(out, last, ranked, first)
@@ -175,8 +178,9 @@ def chosen(directory: pathlib.Path) -> tuple[export.Epoch, dict[str, Any]]:
     """
     lines = read_metrics(directory)
     best, last = max(lines, key=lambda line: line["held_out"]), lines[-1]
-    share = last["held_out"] / 100
-    error = 100 * math.sqrt(share * (1 - share) / len(Description.read(directory).held_out))
+    count = len(Description.read(directory).held_out)
+    share = (last["held_out"] / 100 * count + 1) / (count + 2)  # none wrong is no certainty
+    error = 100 * math.sqrt(share * (1 - share) / count)
     if best["held_out"] - last["held_out"] > error:
         return "best", best
     return "last", last
@@ -255,13 +259,12 @@ def _sized(config: Config, epochs: int | None) -> Config:
 def _train(
     name: str,
     config: Config,
-    out: pathlib.Path,
     on: trainer.Problem,
-    devices: int | None,
+    clean: Clean,
     console: Console,
 ) -> None:
     """Trains, or goes on training, the run of a stage."""
-    steps = config.epochs * on.order.steps_per_epoch
+    out, steps = clean.out, config.epochs * on.order.steps_per_epoch
     if read_result(out / name) is None:
         _remove(out, SUMMARY, MODEL)
         held_out = 0 if on.held_out is None else len(on.held_out)
@@ -271,7 +274,8 @@ def _train(
         )
     with Display(console) as display:
         options = display.follow(name, steps, config)
-        options.tensorboard, options.devices = False, devices
+        options.tensorboard, options.devices = False, clean.devices
+        options.checkpoint_seconds = clean.checkpoint_seconds
         trainer.train(config, out / name, options, on)
 
 
@@ -324,7 +328,7 @@ def _check_choices(clean: Clean) -> None:
     choices = {
         name: value
         for name, value in dataclasses.asdict(clean).items()
-        if name not in ("folder", "out", "labels", "devices")
+        if name not in ("folder", "out", "labels", "devices", "checkpoint_seconds")
     }
     before = json.loads(file.read_text()) if file.exists() else choices
     for name, value in choices.items():
