@@ -451,8 +451,8 @@ def _details(summary: str, content: str) -> Iterable[str]:
 
 def _markdown_table(table: Table) -> str:
     headings, cells = table
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    head, *rows = (f"| {' | '.join(line)} |" for line in (headings, *cells))
+    return "\n".join([head, f"|---|{'---:|' * (len(headings) - 1)}", *rows])
 
 
 # ---------------------------------------------------------------------------------- the page
