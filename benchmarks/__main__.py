@@ -2,7 +2,8 @@
 
 The aims, of one run: ``streaming_vs_accumulate`` at most 1.05 on convolutional networks and 0.5 on
 ``mlp_8x8``; ``coherent_of_plain`` at most 1.15 on CifarNet and Inception, 1.30 on ``mlp_8x8``;
-``memory_k32_vs_k4`` 1; ``pod_traffic_vs_sgd`` at most 1.01, coherent steps 1.002.
+``memory_k32_vs_k4`` 1; ``compile_vs_by_hand`` at most 1.5; ``pod_traffic_vs_sgd`` at most 1.01, of
+coherent steps 1.002.
 """
 
 import concurrent.futures
@@ -24,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks import alignment, inputs, loop, peers, steps, tables, weighting
+from benchmarks import alignment, compile_time, inputs, loop, peers, steps, tables, weighting
 from benchmarks import pods as pod_steps
 from train.run_directory import environment, write_json
 
@@ -42,10 +43,13 @@ class Benchmarks:
     parts: Annotated[
         tuple[str, ...],
         tyro.conf.arg(
-            help="what to measure, of steps, weighting, memory, alignment, loop, inputs, peers, "
-            "pods"
+            help="what to measure, of steps, weighting, memory, compile_time, alignment, loop, "
+            "inputs, peers, pods"
         ),
-    ] = ("steps", "weighting", "memory", "alignment", "loop", "inputs", "peers", "pods")
+    ] = (
+        "steps", "weighting", "memory", "compile_time", "alignment", "loop", "inputs", "peers",
+        "pods",
+    )  # fmt: skip
     cases: Annotated[
         tuple[str, ...], tyro.conf.arg(help=f"training steps, of {', '.join(steps.CASES)}")
     ] = tuple(steps.CASES)
@@ -123,6 +127,11 @@ def _memory(options: Benchmarks, console: Console) -> Figures:
     return {"memory": memory, "memory_k32_vs_k4": one_by_one["32"] / one_by_one["4"]}
 
 
+def _compile_time(options: Benchmarks, console: Console) -> Figures:
+    ratios = compile_time.measure()
+    return {"compile_vs_by_hand": {str(leaves): ratio for leaves, ratio in ratios.items()}}
+
+
 def _alignment(options: Benchmarks, console: Console) -> Figures:
     figures: Figures = {"example_alignment": {}, "example_alignment_vs_forward": {}}
     for name in options.cases:
@@ -164,6 +173,7 @@ _PARTS: dict[str, Callable[[Benchmarks, Console], Figures]] = {
     "steps": _steps,
     "weighting": _weighting,
     "memory": _memory,
+    "compile_time": _compile_time,
     "alignment": _alignment,
     "loop": _loop,
     "inputs": _inputs,

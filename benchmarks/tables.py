@@ -76,6 +76,15 @@ def memory(summary: Summary) -> str:
     )
 
 
+def compile_time(summary: Summary) -> str:
+    """Compile time by number of leaves."""
+    of = summary.get("compile_vs_by_hand", {})
+    return _table(
+        ("leaves of a stack", "compile time of `bilevel_reweight`, of the same rule by hand"),
+        ((f"{int(leaves):,}", f"{ratio:.2f}") for leaves, ratio in of.items()),
+    )
+
+
 def alignment(summary: Summary) -> str:
     """Alignments of all examples."""
     rows = []
@@ -191,6 +200,7 @@ PARTS: dict[str, Callable[[Summary], str]] = {
     "steps": steps,
     "weighting": weighting,
     "memory": memory,
+    "compile_time": compile_time,
     "alignment": alignment,
     "loop": loop,
     "inputs": inputs,

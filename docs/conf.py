@@ -33,4 +33,3 @@ html_title = f"optax_bilevel {version}"
 exclude_patterns = ["_build", "results"]
 # Sphinx's own flags leave out what an error says.
 doctest_default_flags = doctest.ELLIPSIS | doctest.DONT_ACCEPT_TRUE_FOR_1
-doctest_global_setup = "import jax, jax.numpy as jnp, optax, optax_bilevel"

@@ -30,6 +30,7 @@ def test_the_ratios_have_the_names_that_others_look_for():
     for name in ("streaming_vs_accumulate", "stacked_vs_accumulate", "coherent_of_plain"):
         assert set(summary[name]) == set(steps.CASES)
     assert {"v5e_4x4_k8", "v5e_4x4_coherent"} <= set(summary["pod_traffic_vs_sgd"])
+    assert set(summary["compile_vs_by_hand"]) == {"300", "1000"}
     assert isinstance(summary["memory_k32_vs_k4"], float)
     assert isinstance(summary["loop_overhead"], float)
 
