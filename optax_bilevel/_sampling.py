@@ -1,5 +1,6 @@
 """Mini-batches with the same labels, which the paper's rule needs; NumPy alone."""
 
+import numbers
 import warnings
 from typing import Any, Self
 
@@ -60,8 +61,8 @@ def stratified_batches(labels: Any, k: int, b: int, *, seed: int) -> _Epochs:
         UserWarning: names the classes with fewer than k examples, which are never visited.
 
     Raises:
-        ValueError: if `labels` is not a vector of integers, ``k < 2``, ``b < 1``, or there are
-            fewer than b tuples.
+        ValueError: if `labels` is not a vector of integers, ``k < 2``, ``b < 1``, ``seed < 0``, or
+            there are fewer than b tuples.
 
     Example:
         >>> import numpy as np, optax_bilevel
@@ -78,9 +79,9 @@ def stratified_batches(labels: Any, k: int, b: int, *, seed: int) -> _Epochs:
         raise ValueError(
             f"labels must be a vector of integers, got shape {labels.shape} of {labels.dtype}"
         )
-    for name, value, least in (("k", k, 2), ("b", b, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    for name, value, least in (("k", k, 2), ("b", b, 1), ("seed", seed, 0)):
+        if not isinstance(value, numbers.Integral) or int(value) < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value}")
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     tuples = sum(len(members) // k for members in classes)
     small = [str(labels[members[0]]) for members in classes if len(members) < k]

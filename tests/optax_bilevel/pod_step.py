@@ -6,6 +6,7 @@ Run by test_pod.py in a process of its own, with libtpu on the path.
 import itertools
 import json
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,11 +106,10 @@ def main():
 
         texts[name] = {"pmean": compile_step(devices, widths, dtype, shape, pmean)}
         for solver in ("diagonal", "exact"):
+            options: dict[str, Any] = {"solver": solver, "example_axis": example_axis}
 
-            def reweighted(grads, solver=solver, example_axis=example_axis):
-                return optax_bilevel.bilevel_pmean(
-                    grads, "batch", solver=solver, example_axis=example_axis
-                )
+            def reweighted(grads, options=options):
+                return optax_bilevel.bilevel_pmean(grads, "batch", **options)
 
             texts[name][solver] = compile_step(devices, widths, dtype, shape, reweighted)
 

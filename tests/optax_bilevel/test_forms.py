@@ -1,5 +1,9 @@
 """One rule, four ways to feed it: the same mini-batches give the same update, whatever the way."""
 
+# optax types a state as any tree of arrays, and knows no init(None).
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 import functools
 import itertools
 

@@ -72,8 +72,8 @@ def imported_by(name):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "optax_bilevel":
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("optax_bilevel."):
-            found.add(node.module.removeprefix("optax_bilevel."))
+        elif isinstance(node, ast.ImportFrom) and "optax_bilevel." in (module := node.module or ""):
+            found.add(module.removeprefix("optax_bilevel."))
         elif isinstance(node, ast.Import):
             assert not any(alias.name.startswith("optax_bilevel") for alias in node.names)
     return found

@@ -1,5 +1,9 @@
 """What each input gets: the table of the documentation, row by row."""
 
+# optax types a state as any tree of arrays, and knows no init(None).
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 import functools
 import re
 
@@ -403,7 +407,7 @@ def test_validation_gradient_not_finite(form, bad, num_validation):
 def test_multi_steps_recovers_in_the_next_window():
     tx = optax_bilevel.bilevel_multi_steps(optax.identity(), K)
     update = jax.jit(tx.update)
-    state = tx.init(PARAMS)
+    updates, state = None, tx.init(PARAMS)
     for broken in (True, False):
         for i in range(K):
             grads = jax.tree.map(lambda g, i=i: g[i], stack())
@@ -540,7 +544,7 @@ def test_extra_args_reach_the_optimizer_of_multi_steps():
 
     inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, record)
     tx = optax_bilevel.bilevel_multi_steps(inner, K)
-    state = tx.init(PARAMS)
+    updates, state = None, tx.init(PARAMS)
     for i in range(K):
         grads = jax.tree.map(lambda g, i=i: g[i], stack())
         updates, state = tx.update(grads, state, PARAMS, value=2.0)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import optax_bilevel
+from benchmarks import timing
 
 
 def mlp(params, batch):
@@ -30,7 +31,7 @@ PROBLEMS = {
 
 def temporary_bytes(function, *arguments):
     compiled = jax.jit(function).lower(*arguments).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return timing.temporary_bytes(compiled)
 
 
 def arguments(name, k):

@@ -7,6 +7,10 @@ bound in float32 and 1e-12 in float64. Without cancellation the bound is a small
 result itself.
 """
 
+# optax types a state as any tree of arrays, and knows no init(None).
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 import functools
 from typing import NamedTuple
 

@@ -1,5 +1,9 @@
 """On meshes of eight devices, Auto and Explicit: the update of one device, sharded like params."""
 
+# optax types a state as any tree of arrays, and knows no init(None).
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 import functools
 
 import jax
@@ -126,7 +130,7 @@ def test_multi_steps(axis_type, layout, option):
     tx = optax_bilevel.bilevel_multi_steps(optax.identity(), K, **OPTIONS[option])
     with jax.set_mesh(mesh):
         weights, grads = place(params(), mesh, layout, False), place(stack(), mesh, layout, True)
-        state, update = tx.init(weights), jax.jit(tx.update)
+        updates, state, update = None, tx.init(weights), jax.jit(tx.update)
         for i in range(K):
             updates, state = update(jax.tree.map(lambda g, i=i: g[i], grads), state, weights)
             assert_sharded_like(updates, weights)

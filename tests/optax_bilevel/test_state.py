@@ -8,6 +8,10 @@ for equal gradients is that gradient). Left out: `test_microbatch_with_explicit_
 rate).
 """
 
+# optax types a state as any tree of arrays, and knows no init(None).
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 import functools
 import os
 from typing import Any, NamedTuple
