@@ -11,9 +11,6 @@ PyTree = Any
 AxisName = Any  # a mesh or pmap axis name, or a tuple of them
 
 
-# ------------------------------------------------------------------------------ Explicit axes
-
-
 def explicit_mesh(x: Any) -> Any:
     """The mesh that an array lives on if it has Explicit axes, else None."""
     mesh = jax.typeof(x).sharding.mesh
@@ -50,9 +47,6 @@ def replicate_like(x: jax.Array, tree: PyTree) -> jax.Array:
             assert isinstance(leaf.sharding, NamedSharding)
             return jax.device_put(x, replicated(leaf.sharding.mesh, x.ndim))
     return x
-
-
-# ------------------------------------------------------------------------------- mapped axes
 
 
 def axes_of(axis_name: AxisName) -> tuple[Any, ...]:

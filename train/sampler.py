@@ -16,7 +16,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+import optax_bilevel
+
 _Draw = Callable[[np.random.Generator], np.ndarray]
+_Order = Callable[[int], np.ndarray]
 
 # Epochs are drawn together up to so many indices: one at a time, between steps that have the
 # processor's caches for themselves, a small one takes three times as long.
@@ -33,11 +36,11 @@ class Sampler:
         seed: The seed that, with the epoch, determines the order.
     """
 
-    def __init__(self, draw: _Draw, num_tuples: int, k: int, b: int, seed: int):
-        """Takes `draw`, which maps a generator to the epoch's tuples ``[num_tuples, k]``."""
+    def __init__(self, order: _Order, num_tuples: int, k: int, b: int, seed: int):
+        """Takes `order`, which maps the number of an epoch to it, int32 [steps, k, b]."""
         self.k, self.b, self.seed = k, b, seed
         self.steps_per_epoch = num_tuples // b
-        self._draw = draw
+        self._order = order
         self._together = max(_TOGETHER // (self.steps_per_epoch * k * b), 1)
         self._cached: tuple[int, list[np.ndarray]] | None = None
 
@@ -53,17 +56,10 @@ class Sampler:
                 raise ValueError(f"epoch must not be negative, got {epoch}")
             first = part * self._together
             together = [self._order(e) for e in range(first, first + self._together)]
+            for indices in together:
+                indices.flags.writeable = False
             cached = self._cached = (part, together)
         return cached[1][place]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, epoch])
-        tuples = self._draw(rng)
-        chosen = rng.permutation(len(tuples))[: self.steps_per_epoch * self.b]
-        steps = tuples[chosen].reshape(self.steps_per_epoch, self.b, self.k)
-        indices = np.ascontiguousarray(steps.swapaxes(1, 2), dtype=np.int32)
-        indices.flags.writeable = False
-        return indices
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """Returns the indices of one step, ``int32 [k, b]``.
@@ -89,10 +85,7 @@ def stratified(
 ) -> Sampler:
     """The k mini-batches of a step have the same labels, position by position.
 
-    Each epoch shuffles every class, cuts it into k-tuples, shuffles the tuples over all classes
-    and puts b of them into each step. An example is visited at most once an epoch. The up to
-    k - 1 examples of a class that fill no tuple, and the up to b - 1 tuples that fill no step,
-    are chosen afresh in each epoch, so none is left out systematically.
+    The epochs of `optax_bilevel.stratified_batches`.
 
     Args:
         labels: ``int [n]``, the labels that the network is trained on.
@@ -115,7 +108,10 @@ def stratified(
     classes.warn_if_unvisited(counts == 0, f"has fewer than k={k} examples")
     num_tuples = _enough(int(counts.sum()), k, b)
 
-    return Sampler(_class_tuples(classes.ids, counts, k), num_tuples, k, b, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the classes without names
+        epochs = optax_bilevel.stratified_batches(labels, k, b, seed=seed)
+    return Sampler(epochs.__getitem__, num_tuples, k, b, seed)
 
 
 def random(num_examples: int, k: int, b: int, *, seed: int) -> Sampler:
@@ -136,7 +132,7 @@ def random(num_examples: int, k: int, b: int, *, seed: int) -> Sampler:
     def draw(rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(num_examples)[: num_tuples * k].reshape(-1, k)
 
-    return Sampler(draw, num_tuples, k, b, seed)
+    return Sampler(_drawn(draw, k, b, seed), num_tuples, k, b, seed)
 
 
 def separate_validation(
@@ -222,7 +218,7 @@ def separate_validation(
         ]
         return np.hstack([np.concatenate(served).reshape(-1, num_validation), tuples])
 
-    return Sampler(draw, num_tuples, k, b, seed)
+    return Sampler(_drawn(draw, k, b, seed), num_tuples, k, b, seed)
 
 
 def hold_out(labels: np.ndarray, ratio: float, *, seed: int) -> np.ndarray:
@@ -333,7 +329,7 @@ def multi_label(labels: np.ndarray, k: int, b: int, *, seed: int) -> Sampler:
         order = visited[np.argsort(rank[visited], kind="stable")]
         return rng.permuted(order.reshape(-1, k), axis=1)
 
-    return Sampler(draw, num_tuples, k, b, seed)
+    return Sampler(_drawn(draw, k, b, seed), num_tuples, k, b, seed)
 
 
 def label_distance(labels: np.ndarray, indices: np.ndarray) -> float:
@@ -396,6 +392,23 @@ def _class_tuples(ids: np.ndarray, counts: np.ndarray, size: int) -> _Draw:
         return shuffled[np.argsort(ids[shuffled], kind="stable")][taken].reshape(-1, size)
 
     return draw
+
+
+def _drawn(draw: _Draw, k: int, b: int, seed: int) -> _Order:
+    """Epochs of the tuples that `draw` makes, ``[n, k]``, n the same for all.
+
+    The tuples that fill no complete step are left out; they are others in each epoch.
+    """
+
+    def order(epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, epoch])
+        tuples = draw(rng)
+        steps = len(tuples) // b
+        chosen = tuples[rng.permutation(len(tuples))[: steps * b]]
+        indices = chosen.reshape(steps, b, k).swapaxes(1, 2)
+        return np.ascontiguousarray(indices, dtype=np.int32)
+
+    return order
 
 
 def _queue(examples: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
