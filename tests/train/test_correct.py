@@ -85,14 +85,14 @@ def test_held_out_examples_are_not_enough_for_a_class():
     assert corrected.held_out == {"d"}
 
 
-def test_what_is_certain():
+def test_what_is_surest():
     ranking, dataset = made(
         [1, 2, -1, 3, -1], [0, 0, 0, 1, 1], [1, 1, 0, 0, 1], agreement=[0, 0.1, 0, 0, 1]
     )
     corrected = correct.correct(ranking, dataset, "drop")
-    assert (corrected.wrong, corrected.certain) == (3, 2)
+    assert (corrected.wrong, corrected.never) == (3, 2)
     assert next(corrected.said()) == (
-        "3 labels of 5 (60.0%) look wrong, 2 of them nearly for certain: no epoch predicted them"
+        "3 labels of 5 (60.0%) look wrong; 2 of them no epoch predicted, which are the surest"
     )
 
 
