@@ -88,7 +88,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
     assert call("trian") == 2
     known = ", ".join(cli.COMMANDS)
     assert capsys.readouterr().err == f"unknown command 'trian'; known: {known}\n"
-    assert known.startswith("demo, run, experiment, report, evaluate")
+    assert known.startswith("clean, demo, run, experiment, report, evaluate")
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
