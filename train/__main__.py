@@ -6,13 +6,36 @@ ended; 75 stopped by SIGTERM and 130 by SIGINT, the state of the training saved:
 on.
 """
 
+import contextlib
+import os
+import signal
 import sys
+from collections.abc import Iterator
 
-try:  # Ctrl-C ends these as it does a command before it trains
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Within, Ctrl-C ends the process at once: extension modules crash on an exception in them."""
+
+    def leave(*_: object) -> None:
+        print("stopped by SIGINT, before there was anything to save", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    with contextlib.suppress(ValueError):  # not the main thread: the signal does not come here
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is leave:
+            signal.signal(signal.SIGINT, before)
+
+
+with _importing():
     import dataclasses
     import errno
     import pathlib
-    import signal
     import warnings
     from typing import Annotated, Any, Literal
 
@@ -20,9 +43,6 @@ try:  # Ctrl-C ends these as it does a command before it trains
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-except KeyboardInterrupt:
-    print("stopped by SIGINT", file=sys.stderr)
-    sys.exit(130)
 
 Help = tyro.conf.arg
 USAGE = """usage: python -m train [COMMAND] [OPTIONS]; --help after a command lists its options
@@ -462,7 +482,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_command(name: str, args: list[str], console: Console) -> int:
-    from train import distributed
+    with _importing():
+        from train import distributed
 
     try:
         code = _code_of(name, args, console)
@@ -476,9 +497,10 @@ def _run_command(name: str, args: list[str], console: Console) -> int:
 
 
 def _code_of(name: str, args: list[str], console: Console) -> int:
-    from train.problem import forget
-    from train.run_directory import RunDirectoryError
-    from train.trainer import Interrupted, NotFiniteError
+    with _importing():
+        from train.problem import forget
+        from train.run_directory import RunDirectoryError
+        from train.trainer import Interrupted, NotFiniteError
 
     forget()  # of an earlier command in this process
     try:
