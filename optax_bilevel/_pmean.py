@@ -107,8 +107,7 @@ def bilevel_pmean_and_weights(
     r"""What `bilevel_pmean` gives, with the weights, which cost nothing more.
 
     Args:
-        grads, axis_name, lam, mu, num_validation, solver, normalize, nonnegative, groups,
-            example_axis: as in `bilevel_pmean`.
+        grads, axis_name, lam, mu: as in `bilevel_pmean`, and so are the options.
 
     Returns:
         The reweighted gradients, and ω̂, [k] with validation slots 0 or [groups, k], float32 or

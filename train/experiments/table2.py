@@ -19,7 +19,7 @@ run; 21 runs.
 
 Measured here, test accuracy after the last epoch (all of it: docs/results/tables.md):
 Train / test 100.0 / 23.0 by SGD, 99.0 / 22.8 by eq. (10), 98.6 / 22.6 by eq. (8): the gap stays.
-With 32 mini-batches of 2 eq. (10) ends at 71.6 / 21.3, coherent steps at 78.8 / 24.8.
+With 32 mini-batches of 2 eq. (10) ends at 71.6 / 21.3.
 """
 
 import dataclasses

@@ -53,7 +53,7 @@ def choose(config: Any, task: Task, solver: str = "diagonal") -> tuple[str, str]
 
 
 def _stack_is_quick(task: Task, k: int) -> bool:
-    """Whether k gradients on one device are best stacked: docs/benchmarks.md."""
+    """Whether k gradients on one device are best stacked: docs/scaling.md."""
     mib = k * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.parameters)) / 2**20
     # One mini-batch of such a network does not fill a GPU.
     return jax.default_backend() == "gpu" and mib <= 64
