@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-import optax_bilevel
-
 _Draw = Callable[[np.random.Generator], np.ndarray]
 _Order = Callable[[int], np.ndarray]
 
@@ -107,6 +105,8 @@ def stratified(
     counts = classes.counts // k
     classes.warn_if_unvisited(counts == 0, f"has fewer than k={k} examples")
     num_tuples = _enough(int(counts.sum()), k, b)
+
+    import optax_bilevel  # here: processes that only read images need no jax
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the classes without names
