@@ -174,11 +174,11 @@ def _labels_by_a_network(
 
     for _ in range(100):
         step(model, optimizer)
-    logits, noise = np.asarray(model(images)), rng.gumbel(size=(len(true), 10))
-    low, high = 1e-3, 1e3
+    logits, drawn = np.asarray(model(jnp.asarray(images))), rng.gumbel(size=(len(true), 10))
+    low, high, given = 1e-3, 1e3, true
     for _ in range(40):  # the share of wrong labels grows with the temperature
         middle = np.sqrt(low * high)
-        given = np.argmax(logits / middle + noise, axis=-1)
+        given = np.argmax(logits / middle + drawn, axis=-1)
         low, high = (middle, high) if np.mean(given != true) < rate else (low, middle)
     return given.astype(np.int32)
 
