@@ -231,6 +231,7 @@ def test_spread_over_devices(check_vma):
     assert_close(result, by_stack(loss_of(dense), params, batches), 2e-6)
 
 
+@pytest.mark.slow
 def test_an_explicit_mesh():
     params, batches = problem()
     loss = loss_of(dense)
@@ -266,6 +267,7 @@ def test_convolutions_before_large_dense_layers(num_validation, microbatch_size)
     assert_close(result, by_stack(convolutional, params, batches, **options), 2e-6)
 
 
+@pytest.mark.slow
 def test_values_and_aux_in_order():
     params, batches = problem()
     batches["key"] = jax.random.split(jax.random.key(0), K)

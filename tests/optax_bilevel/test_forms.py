@@ -157,7 +157,7 @@ def result(form, option):
     return (function if form in UNJITTED else jax.jit(function))(params, batches)
 
 
-QUICK = ("three validation", "per label", "exact")
+QUICK = ("per label", "exact")
 
 
 @pytest.mark.parametrize("option", [o if o in QUICK else slow(o) for o in OPTIONS])

@@ -210,6 +210,7 @@ def test_the_small_folder_is_cleaned(root):
     assert len(listed(root)) == 60
 
 
+@pytest.mark.slow
 def test_a_label_corrected_in_the_folder(root, capsys):
     """The picture is never accused for the place that it has left."""
     moved = root / "mine" / DOGS / "cats-0.png"
@@ -223,6 +224,7 @@ def test_a_label_corrected_in_the_folder(root, capsys):
     assert summary["wrong"] == 11
 
 
+@pytest.mark.slow
 def test_a_list_corrected_by_hand_is_trained_on(root, capsys):
     first = (root / "out" / "first" / "metrics.jsonl").read_bytes()
     second = (root / "out" / "second" / "metrics.jsonl").read_bytes()
@@ -292,6 +294,7 @@ def test_not_into_the_folder_of_the_pictures(root, inside, capsys):
     assert files_of(root / "mine") == before
 
 
+@pytest.mark.slow
 def test_nothing_looks_wrong(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     tiny_folder(tmp_path / "mine")

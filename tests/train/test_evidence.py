@@ -94,7 +94,9 @@ def test_gathering_evidence_leaves_the_training_as_it_is():
     tiny.assert_same_bits(gathered._replace(evidence=None), plain)
 
 
-@pytest.mark.parametrize("method", ["sgd", "bilevel", "coherent"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("sgd", marks=pytest.mark.slow), "bilevel", "coherent"]
+)
 def test_a_step_adds_every_gradient_s_inner_product_with_the_momentum(method):
     of, batch = config(method=method, example_alignment=True), raw()
     judges = Examples(batch.images.reshape(32, 8, 8, 1)[:16], batch.labels.ravel()[:16])

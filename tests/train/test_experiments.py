@@ -237,6 +237,7 @@ def test_another_config_in_the_folder_is_an_error(choice):
         runner.run(dataclasses.replace(chosen, changes={"mu": 0.1}), console())
 
 
+@pytest.mark.slow
 def test_an_arm_that_ends_in_nan_does_not_keep_the_others(choice):
     def arms(scale):
         first, second, _ = arms_of(scale)

@@ -159,6 +159,7 @@ def test_a_step_moves_a_gradient_and_little_else(method, k):
     assert 2 * 7 / 8 * gradient < moved < 1.02 * 2 * 7 / 8 * gradient + per_example
 
 
+@pytest.mark.slow
 def test_examples_of_a_mini_batch_drop_units_of_their_own():
     """On devices that share a mini-batch the masks are others than on one device, and differ."""
     of = config(k=4, dropout_rate=0.5)

@@ -225,6 +225,7 @@ def test_coherent_has_the_gradient_of_sgd_and_wraps_the_optimizer():
     assert isinstance(results[0][1], optax_bilevel.CoherentStepsState)
 
 
+@pytest.mark.slow
 def test_the_stack_of_convolutions_has_no_grouped_ones():
     def convolve(params, batch, criterion=None):
         del criterion

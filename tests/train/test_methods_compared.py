@@ -169,6 +169,7 @@ def test_bilevel_mixup_mixes_inside_each_mini_batch_and_then_weighs(form):
     assert_gradient(result.grads, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_mini_batches_that_share_their_key_mix_alike():
     batches = make_batches()
     keys = jnp.broadcast_to(batches.key[0], (8,))

@@ -210,7 +210,7 @@ def test_a_run_that_is_interrupted_ends_in_the_same_bits(finished_random, tmp_pa
 @pytest.mark.parametrize(
     "method",
     [
-        "mentornet",
+        pytest.param("mentornet", marks=pytest.mark.slow),
         "noise_layer",
         "coherent",
         pytest.param("bilevel_mixup", marks=pytest.mark.slow),
@@ -232,6 +232,7 @@ def test_what_a_method_carries_is_in_the_checkpoint(tmp_path, method):
     assert_same_run(stopped, reference, config)
 
 
+@pytest.mark.slow
 def test_images_that_are_not_kept_on_the_device_train_to_the_same_bits(
     finished_random, tmp_path, monkeypatch
 ):
