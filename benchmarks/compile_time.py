@@ -24,7 +24,7 @@ def measure(leaves: Iterable[int] = (300, 1000)) -> dict[int, float]:
     tx = optax_bilevel.bilevel_reweight()
 
     def ours(grads: list[Any]) -> Any:
-        return tx.update(grads, tx.init(None))[0]
+        return tx.update(grads, tx.init([]))[0]
 
     for rule in (_by_hand, ours):
         _seconds(rule, 2)  # what the first compilation of a process takes besides
