@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test slow check docs wheel bench clean
+.PHONY: demo test slow oracle lowest check docs wheel bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -15,6 +15,14 @@ test: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(PY) -m pytest -n 2 -m slow
+
+# The rule against its oracle, a thousand cases a test.
+oracle: $(VENV)/.dev
+	HYPOTHESIS_PROFILE=ci $(PY) -m pytest -n 2 tests/optax_bilevel/test_rule.py
+
+# The library's tests with the lowest jax and optax that pyproject.toml allows.
+lowest: .venv-lowest/.test
+	.venv-lowest/bin/python -m pytest -n 2 tests/optax_bilevel
 
 check: $(VENV)/.dev
 	$(PY) -m ruff check .
@@ -34,7 +42,7 @@ bench: $(VENV)/.dev
 	$(PY) -m benchmarks
 
 clean:
-	rm -rf $(VENV) docs/_build dist
+	rm -rf $(VENV) .venv-lowest docs/_build dist
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
@@ -50,6 +58,14 @@ $(VENV)/.dev: pyproject.toml | $(PY)
 	$(PIP) --editable '.[dev]'
 	-$(PIP) --target $(VENV)/tpu --upgrade libtpu
 	touch $(VENV)/.train $@
+
+LOWEST = $$($(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*(need.replace(">=", "==") for need in project["dependencies"]))')
+
+.venv-lowest/.test: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' $(LOWEST)
+	touch $@
 
 # Preparing data sets needs TensorFlow; nothing else does.
 $(VENV)/.prepare: pyproject.toml | $(PY)
