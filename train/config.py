@@ -20,7 +20,8 @@ class ConfigError(ValueError):
     """A choice that does not exist or does not fit the others; the message lists the right ones."""
 
 
-_ALL_TRAIN = ("coherent",)  # methods that could take validation mini-batches to be theirs
+# Methods that could take validation mini-batches to be theirs.
+_ALL_TRAIN = ("coherent", "coherent_mixup", "coherent_elr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,9 @@ class Config:
         float, Help(help="percentile of the losses that mentornet compares with")
     ] = 75.0
     group_norm: Annotated[float, Help(help="λ of azadi's regularizer")] = 10.0
+    gce_q: Annotated[float, Help(help="q of gce, above 0; 1: mean absolute error")] = 0.7
+    elr_beta: Annotated[float, Help(help="β of elr: what stays of an example's target")] = 0.7
+    elr_lambda: Annotated[float, Help(help="λ of elr: weight of its regularizer")] = 3.0
     sampling: Annotated[
         Literal["auto", "stratified", "random"],
         Help(
@@ -188,7 +192,8 @@ class Config:
             ("noise_rate", 0, 1), ("validation_ratio", 0, 0.9), ("momentum", 0, 1),
             ("train_size", 1, None), ("test_size", 1, None), ("image_size", 1, None),
             ("weight_decay", 0, None), ("bootstrap_beta", 0, 1), ("loss_percentile", 0, 100),
-            ("group_norm", 0, None), ("held_out", 0, 0.5),
+            ("group_norm", 0, None), ("held_out", 0, 0.5), ("elr_beta", 0, 1),
+            ("elr_lambda", 0, None),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= (math.inf if high is None else high):
@@ -209,6 +214,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name} must be from 0 to below 1, got {value}")
+        if not 0 < self.gce_q <= 1:
+            raise ConfigError(f"gce_q must be above 0 and at most 1, got {self.gce_q}")
         if not 0 < self.channel_noise < 1:
             raise ConfigError(f"channel_noise must be between 0 and 1, got {self.channel_noise}")
         if any(width < 1 for width in self.hidden or ()):
@@ -231,10 +238,10 @@ class Config:
                     f"batch_statistics = validation: with {self.method} all k train; known: mean, "
                     "training"
                 )
-        if self.method == "coherent" and not self.held_out:
+        if self.method in _ALL_TRAIN and not self.held_out:
             raise ConfigError(
-                "method coherent judges its steps by a held-out part of the data: give held_out "
-                "0.1 or another share, or take another method"
+                f"method {self.method} judges its steps by a held-out part of the data: give "
+                "held_out 0.1 or another share, or take another method"
             )
         if self.hidden is not None and self.network not in (AUTO, "mlp"):
             raise ConfigError(f"hidden is for the network mlp, not {self.network}")
@@ -264,7 +271,7 @@ class Config:
     def order(self) -> str:
         """The sampling that is meant: "stratified" or "random"."""
         if self.sampling == AUTO:
-            return "random" if self.method == "coherent" else "stratified"
+            return "random" if self.method in _ALL_TRAIN else "stratified"
         return self.sampling
 
     @property

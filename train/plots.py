@@ -30,6 +30,10 @@ STYLES = {
     "noise_layer": ("noise layer", "#17a2b8", ":"),
     "azadi": ("AIR regularizer", "#7a8f2a", ":"),
     "mentornet": ("MentorNet", "#c0504d", ":"),
+    "gce": ("generalized cross-entropy", "#5d7f1f", "-."),
+    "elr": ("ELR", "#b03060", "-."),
+    "coherent_mixup": ("coherent + mixup", "#1f78b4", "-."),
+    "coherent_elr": ("coherent + ELR", "#1b9e9e", "-."),
     "bilevel_mixup": ("bilevel + mixup", "#7b3294", "-"),
 }
 

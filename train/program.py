@@ -112,7 +112,7 @@ def _build(
         lambda: create_network(config, preset.shape, num_classes, jax.random.key(0))
     )
     parameters = nnx.state(network, nnx.Param)
-    task = methods.Task(num_classes, multi_label, steps_per_epoch, parameters, layout)
+    task = methods.Task(num_classes, multi_label, steps_per_epoch, parameters, layout, num_train)
     method = methods.make(config, task)
     optimizer = method.optimizer(optimizers.make(config, steps_per_epoch))
     functions = Step(

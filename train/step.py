@@ -132,7 +132,8 @@ class Step:
                 raise ValueError(f"RawBatch.copies must hold the first {count} mini-batches")
             own = self._everywhere((augment_keys[:count], keys[:count]))
             copies = methods.Batch(augmented(own[0], raw.copies.images), raw.copies.labels, own[1])
-        return methods.Batch(each(augment_keys, raw.images), raw.labels, keys, copies)
+        indices = raw.indices if self.method.by_example else None
+        return methods.Batch(each(augment_keys, raw.images), raw.labels, keys, copies, indices)
 
     def _loss_fn(self, running: PyTree) -> methods.LossFn:
         """The mean loss of a mini-batch; `running` are the running averages before it."""

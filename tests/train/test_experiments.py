@@ -22,7 +22,7 @@ from tests.train.test_data_prepared import jpeg, tar
 from train import __main__ as cli
 from train import augment, data, experiments, noise, trainer
 from train.config import Config, ConfigError
-from train.experiments import runner
+from train.experiments import practice, runner
 from train.experiments.common import METHODS, SCALES, Arm, Experiment, Panel, compare
 from train.run_directory import RunDirectory, read_metrics
 
@@ -47,8 +47,10 @@ def test_arms(name, scale):
     experiment = experiments.load(name)
     arms = experiment.arms(scale)
     assert experiment.name == name
-    # The paper holds nothing out beside its validation mini-batches.
-    assert all(not arm.config.held_out for arm in arms if arm.config.method != "coherent")
+    if name == "practice":
+        assert all(arm.config.held_out == 0.1 for arm in arms if arm.label != "teacher")
+    else:  # the paper holds nothing out beside its validation mini-batches
+        assert all(not arm.config.held_out for arm in arms if arm.config.method != "coherent")
     labels = [arm.label for arm in arms]
     assert len(set(labels)) == len(labels)
     assert all(pathlib.Path(label).name == label for label in labels)
@@ -60,11 +62,12 @@ def test_arms(name, scale):
             "cifar10", "cifar100", "imagenet2012", "voc/2007", "clothing1m", "clothing1m/clean",
         }  # fmt: skip
     else:
-        assert {arm.config.dataset for arm in arms} == {"fashion_mnist"}
+        ours = {"digits"} if name == "practice" else set()
+        assert {arm.config.dataset for arm in arms} == {"fashion_mnist"} | ours
     noisy = [arm for arm in arms if arm.config.noise != "none" or arm.after]
     if noisy:
         assert {arm.config.method for arm in noisy} >= {"sgd", "bilevel", *BESIDE} - (
-            {"sgd"} if name == "figure2" else set()
+            {"figure2": {"sgd"}, "practice": {"bilevel_exact"}}.get(name, set())
         )
 
 
@@ -96,6 +99,41 @@ def test_the_rows_of_table_3():
     laptop = experiments.load("table3").arms("laptop")
     assert {arm.series for arm in laptop} == set(METHODS)
     assert sum(arm.home == "figure3" for arm in laptop) == 10
+
+
+def test_practice_compares_on_the_same_images_and_as_many_a_step():
+    arms = {arm.label: arm for arm in experiments.load("practice").arms("laptop")}
+    case = [arm for label, arm in arms.items() if label.startswith("fashion-noise50-")]
+    assert [arm.series for arm in case] == list(practice.METHODS)
+    assert {(arm.config.k * arm.config.b, arm.config.held_out) for arm in case} == {(64, 0.1)}
+    stratified = {arm.series for arm in case if arm.config.order == "stratified"}
+    assert stratified == {"uniform", "bilevel", "bilevel_k32"}
+    assert {arm.after for label, arm in arms.items() if "network40" in label} == {"teacher"}
+
+
+def test_the_tables_of_practice(tmp_path):
+    folder = tmp_path / "practice-laptop"
+    figures = {"test_last": 70.0, "stopped": 72.0, "test_best": 75.0, "train_noisy": 40.0}
+    for method, seed, gain in (
+        ("sgd_random", 0, 0), ("sgd_random", 1, 2), ("coherent", 0, 8), ("coherent", 1, 8),
+    ):  # fmt: skip
+        run = folder / f"fashion-noise50-{method}-s{seed}"
+        (run / "checkpoints" / "1").mkdir(parents=True)
+        result = {name: figure + gain for name, figure in figures.items()}
+        (run / "result.json").write_text(json.dumps({**result, "seconds": 10 + gain, "steps": 1}))
+        (run / "metrics.jsonl").write_text("{}\n")
+    table = practice.collect(tmp_path)
+    assert list(table) == ["fashion-noise50/sgd_random", "fashion-noise50/coherent"]
+    row = table["fashion-noise50/sgd_random"]
+    assert row["stopped"] == {"mean": 73.0, "std": 1.41}
+    assert row["seeds"] == [0, 1]
+    assert row["command"].endswith("--only fashion-noise50-sgd_random --seeds 0 1")
+    assert practice.gains(table, "coherent", "sgd_random") == [78.0 - 73.0]
+    lines = practice.markdown(table).splitlines()
+    assert lines[0] == "### Fashion-MNIST, 4,000 images, MLP, 50% wrong"
+    assert lines[-1] == (
+        "| coherent steps | **78.0 ± 0.0** | **80.0 ± 0.0** | 83.0 ± 0.0 | 48.0 ± 0.0 | 1.6 | 2 |"
+    )
 
 
 def test_figure_2_keeps_the_total_while_k_varies():
@@ -312,6 +350,7 @@ SMALL = {"train_size": 320, "test_size": 40, "hidden": (8,)}
         ("table2", ("sgd", "bilevel", "coherent")),
         ("table3", ("noise40-bilevel_mixup", "noise40-azadi", "noise40-mentornet")),
         ("figure5", ("part25-sgd", "part100-bilevel")),
+        ("practice", ("fashion-network40-elr", "fashion-pair40-coherent_mixup")),
     ],
 )
 def test_a_laptop_experiment_end_to_end(name, only, fashion, tmp_path):

@@ -121,6 +121,8 @@ def slow(*values):
         slow("mixup", 4, False, {}),
         slow("mentornet", 8, True, {}),
         slow("azadi", 8, False, {}),
+        slow("elr", 8, True, {}),
+        slow("elr", 4, False, {}),
         ("coherent", 16, True, {"example_alignment": True}),
         slow("coherent", 8, False, {}),
         slow("coherent", 4, False, {"batch_statistics": "training"}),

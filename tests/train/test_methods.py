@@ -14,6 +14,7 @@ from train.config import Config
 from train.methods import Aux, Batch, Task, forms, sgd
 
 K, B, CLASSES = 8, 4, 3
+JUDGED = "steps of sgd judged by 16 held-out ones"
 
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -281,7 +282,12 @@ def test_every_method_says_how_it_computes(method):
             "noise_layer": f"a noise channel that starts from 0.3, {sgd.HOW}",
             "mentornet": f"examples weighed by percentile 75 of the losses, {sgd.HOW}",
             "azadi": f"group norm of the last layer times 10, {sgd.HOW}",
-            "coherent": f"{sgd.HOW}, steps of sgd judged by 16 held-out ones",
+            "gce": f"generalized cross-entropy with q = 0.7, {sgd.HOW}",
+            "elr": f"early-learning regularization with β = 0.7 and λ = 3, {sgd.HOW}",
+            "coherent": f"{sgd.HOW}, {JUDGED}",
+            "coherent_mixup": f"mixup with α = 1, {sgd.HOW}, {JUDGED}",
+            "coherent_elr": "early-learning regularization with β = 0.7 and λ = 3, "
+            f"{sgd.HOW}, {JUDGED}",
         }[method]
     )
 

@@ -117,6 +117,48 @@ def test_soft_bootstrapping_is_cross_entropy_regularised_by_entropy(beta, used):
     assert_gradient(result.grads, backward(images, of_logits / len(p)))
 
 
+@pytest.mark.parametrize("q", [0.7, 1.0, 0.01])
+def test_generalized_cross_entropy(q):
+    images, _, given = flat()
+    p = forward(images)[2]
+    of_label = (p * given).sum(1)
+    result = run(config("gce", gce_q=q), make_batches())
+    np.testing.assert_allclose(result.losses, [((1 - of_label**q) / q).mean()], rtol=1e-5)
+    assert_gradient(result.grads, backward(images, of_label[:, None] ** q * (p - given) / len(p)))
+
+
+@pytest.mark.parametrize(("beta", "weight"), [(0.7, 3.0), (0.9, 7.0)])
+def test_early_learning_regularization(beta, weight):
+    images, _, given = flat()
+    rng = np.random.default_rng(0)
+    task, batches = TASK._replace(num_examples=50), make_batches()
+    of = config("elr", elr_beta=beta, elr_lambda=weight)
+    targets = methods.make(of, task).init(PARAMS)
+    np.testing.assert_array_equal(targets, np.zeros((50, CLASSES)))
+    before = rng.dirichlet(np.ones(CLASSES), 50)
+    indices = rng.permutation(50)[: len(images)].astype(np.int32)
+    batches = batches._replace(indices=jnp.asarray(indices.reshape(batches.labels.shape)))
+
+    p = forward(images)[2]
+    after = beta * before[indices] + (1 - beta) * p
+    agreement = (after * p).sum(1, keepdims=True)
+    losses = -(given * np.log(p)).sum(1) + weight * np.log(1 - agreement[:, 0])
+    # of log(1 - <p, t>) in the logits, t being constant
+    of_logits = p - given + weight * -p * (after - agreement) / (1 - agreement)
+    result = run(of, batches, jnp.asarray(before, jnp.float32), task)
+    np.testing.assert_allclose(result.losses, [losses.mean()], rtol=1e-5)
+    assert_gradient(result.grads, backward(images, of_logits / len(p)), 1e-5)
+    expected = before.copy()
+    expected[indices] = after
+    np.testing.assert_allclose(result.state, expected, rtol=1e-5)
+
+
+def test_early_learning_regularization_must_know_the_examples():
+    of, targets = config("elr"), jnp.zeros((50, CLASSES))
+    with pytest.raises(ValueError, match=r"RawBatch\.indices must say which examples these are"):
+        methods.make(of, TASK).gradient(loss_fn, PARAMS, make_batches(), targets)
+
+
 # --------------------------------------------------------------------------------------- mixup
 
 
@@ -409,10 +451,15 @@ def test_azadis_regularizer_needs_a_last_layer():
 
 # --------------------------------------------------------------------------------- all of them
 
-BASELINES = ("mixup", "label_smoothing", "bootstrapping", "noise_layer", "mentornet", "azadi")
+BASELINES = (
+    "mixup", "label_smoothing", "bootstrapping", "gce", "elr", "noise_layer", "mentornet", "azadi",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["label_smoothing", "bootstrapping", "noise_layer", "mentornet"])
+@pytest.mark.parametrize(
+    "method",
+    ["label_smoothing", "bootstrapping", "gce", "elr", "coherent_elr", "noise_layer", "mentornet"],
+)
 def test_methods_for_one_label_refuse_several(method):
     message = (
         f"method {method} is for one label per example, and here an example can have several: "

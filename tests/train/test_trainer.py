@@ -213,6 +213,8 @@ def test_a_run_that_is_interrupted_ends_in_the_same_bits(finished_random, tmp_pa
         pytest.param("mentornet", marks=pytest.mark.slow),
         "noise_layer",
         "coherent",
+        pytest.param("coherent_elr", marks=pytest.mark.slow),
+        "elr",
         pytest.param("bilevel_mixup", marks=pytest.mark.slow),
     ],
 )
@@ -228,6 +230,10 @@ def test_what_a_method_carries_is_in_the_checkpoint(tmp_path, method):
         assert carried.method.percentile > 0
     if method == "noise_layer":
         assert carried.params["channel"].shape == (10, 10)
+    if method.endswith("elr"):  # three steps of 32 examples, of an epoch of four
+        seen = np.asarray(carried.method).sum(1)
+        assert np.count_nonzero(seen) == 96
+        np.testing.assert_allclose(seen[seen > 0], 0.3, rtol=1e-5)
     run(config, stopped)
     assert_same_run(stopped, reference, config)
 

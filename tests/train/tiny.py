@@ -20,7 +20,7 @@ def config(**changes: Any) -> Config:
     choices: dict[str, Any] = {
         "method": "bilevel", "train_size": 160, "noise": "symmetric", "hidden": (16,), "k": 4,
         "b": 8, "epochs": 3, "learning_rate": 0.1, "network": "mlp",
-        "held_out": 0.1 if changes.get("method") == "coherent" else 0.0,
+        "held_out": 0.1 if changes.get("method", "").startswith("coherent") else 0.0,
     }  # fmt: skip
     return Config(**{**choices, **changes})
 

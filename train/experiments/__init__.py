@@ -1,8 +1,8 @@
-"""The tables and figures of the paper, each at two scales: ``python -m train experiment NAME``.
+"""The paper's tables and figures and a study of our own: ``python -m train experiment NAME``.
 
-One file is one table or figure: its docstring gives the command, the paper's numbers, what it
-needs and what was measured here; its `EXPERIMENT` names the arms. `common` has what they share,
-`runner` trains them.
+Each has two scales, for a laptop and for the paper's data. One file is one table or figure: its
+docstring gives the command, the paper's numbers, what it needs and what was measured here; its
+`EXPERIMENT` names the arms. `common` has what they share, `runner` trains them.
 """
 
 import importlib
@@ -22,8 +22,9 @@ NAMES = (
     "table4",
     "clothing1m",
     "figure5",
+    "practice",
 )
-"""The names that `load` knows, in the order of the paper."""
+"""The names that `load` knows: the paper's in its order, and then our own."""
 
 
 def load(name: str) -> Experiment:

@@ -216,6 +216,8 @@ _SPEED = {
     "mlp": (13_000, 90_000),
     "cifarnet": (300, 1100),
     "inception": (75, 170),
+    "resnet_small": (600, 2500),
+    "preact_resnet18": (35, 120),
 }
 # Elsewhere, an estimate: a GPU that does 10 TFLOP/s, three forward passes' work for a step, and at
 # least 3 ms a step. Test images are seen once an epoch, and as many times as there are crops whose
@@ -235,7 +237,7 @@ def steps(arm: Arm) -> int:
     """The steps of a run, about: the sampler may leave out a few examples of an epoch."""
     config = arm.config
     images = config.train_size or _SIZES[config.dataset]
-    per_epoch = images / (config.k * config.b)
+    per_epoch = images * (1 - config.held_out) / (config.k * config.b)
     if config.validation_ratio:  # all but num_validation of the k come from what is left
         share = (config.k - config.num_validation) / config.k
         per_epoch *= (1 - config.validation_ratio) / share

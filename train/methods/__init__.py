@@ -14,7 +14,9 @@ from train.methods import (
     bilevel,
     bootstrapping,
     coherent,
+    elr,
     forms,
+    gce,
     label_smoothing,
     mentornet,
     mixup,
@@ -43,16 +45,22 @@ _MAKERS = {
     "bilevel": bilevel.make,
     "bilevel_exact": bilevel.make_exact,
     "coherent": coherent.make,
+    "coherent_mixup": coherent.make_mixup,
+    "coherent_elr": coherent.make_elr,
     "bilevel_mixup": mixup.make_bilevel,
     "mixup": mixup.make,
     "label_smoothing": label_smoothing.make,
     "bootstrapping": bootstrapping.make,
+    "gce": gce.make,
+    "elr": elr.make,
     "noise_layer": noise_layer.make,
     "mentornet": mentornet.make,
     "azadi": azadi.make,
 }
 
-_ONE_LABEL = ("label_smoothing", "bootstrapping", "noise_layer", "mentornet")
+_ONE_LABEL = (
+    "label_smoothing", "bootstrapping", "gce", "elr", "coherent_elr", "noise_layer", "mentornet",
+)  # fmt: skip
 
 NAMES = tuple(_MAKERS)
 """The names that `make` knows."""

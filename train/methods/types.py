@@ -24,12 +24,14 @@ class Batch(NamedTuple):
         key: the random key of the mini-batch's dropout, and of what a method draws, [].
         copies: beside k mini-batches on a mesh, the first of them again, whole on every device, as
             many as `Method.copies` asks for.
+        indices: which training examples they are, int32 [b], where `Method.by_example` asks for it.
     """
 
     images: jax.Array
     labels: Any
     key: jax.Array
     copies: Any = None
+    indices: Any = None
 
 
 class Task(NamedTuple):
@@ -42,6 +44,7 @@ class Task(NamedTuple):
         parameters: the network's, arrays or abstract ones.
         layout: how the mini-batches lie on a mesh of devices; None on one device. The arrays that
             a method gets lie so; what it does not map itself the compiler maps.
+        num_examples: how many examples are trained on.
     """
 
     num_classes: int
@@ -49,6 +52,7 @@ class Task(NamedTuple):
     steps_per_epoch: int
     parameters: PyTree
     layout: Layout | None = None
+    num_examples: int = 0
 
 
 class Aux(NamedTuple):
@@ -134,6 +138,7 @@ class Method:
         judges: of how many held-out examples every update is handed the losses, as the argument
             ``losses_fn``, a function of the parameters; 0: it is not.
         copies: of how many mini-batches, the first ones, every device of a mesh needs the whole.
+        by_example: whether it keeps something of every example, and must know which it is given.
     """
 
     gradient: GradientFn
@@ -143,3 +148,4 @@ class Method:
     optimizer: Callable[[Optimizer], Optimizer] = lambda optimizer: optimizer
     judges: int = 0
     copies: int = 0
+    by_example: bool = False
