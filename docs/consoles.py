@@ -30,8 +30,13 @@ def temporary_folder():
             os.chdir(before)
 
 
-def check(page: str) -> None:
-    """Runs every command of a page, in order, in the working directory.
+def check(page: str, first: int = 0, last: int | None = None) -> None:
+    """Runs the commands of a page's ``console`` blocks, in order, in the working directory.
+
+    Args:
+        page: its file.
+        first: the block to begin with.
+        last: the block to end before; None for all.
 
     Raises:
         AssertionError: naming the first command that printed something else than the page shows,
@@ -42,7 +47,8 @@ def check(page: str) -> None:
     environment = {**os.environ, "PATH": path}  # `python` is this one
     checker, code = doctest.OutputChecker(), 0
     text = (pathlib.Path(__file__).parent / page).read_text()
-    commands = [match for block in _BLOCK.findall(text) for match in _COMMAND.findall(block)]
+    blocks = _BLOCK.findall(text)[first:last]
+    commands = [match for block in blocks for match in _COMMAND.findall(block)]
     assert commands, f"{page} has no console blocks"
     for command, expected in commands:
         words = shlex.split(command.replace("\\\n", ""))
@@ -62,7 +68,7 @@ def check(page: str) -> None:
 
 def _train(arguments: list[str]) -> tuple[int, str]:
     """Exit code and output of ``python -m train``, in this process to save its imports."""
-    if arguments[0] == "run":  # on one device, as most readers have, not on the eight fake ones
+    if arguments[0] in ("run", "clean"):  # on one device, as most have, not on the eight fake ones
         arguments = [*arguments, "--devices", "1"]
     output = io.TextIOWrapper(io.BytesIO(), "utf-8")  # which lets tyro draw its boxes
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):

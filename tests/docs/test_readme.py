@@ -5,6 +5,7 @@ import re
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
+PROSE = re.sub(r"^```.*?^```|(?<=\])\([^)]*\)", "", TEXT, flags=re.DOTALL | re.MULTILINE)
 
 
 def blocks(language):
@@ -29,6 +30,11 @@ def test_the_diff_is_in_the_loop():
             assert " ".join(line[1:].replace("1e-3", "1e-2").split()) in loop
 
 
+def test_every_block_is_one_that_is_tested():
+    languages = re.findall(r"^```(\w+)$", TEXT, re.MULTILINE)
+    assert set(languages) == {"sh", "diff", "python"}
+
+
 def test_commands_are_known():
     from train.__main__ import USAGE
 
@@ -38,9 +44,26 @@ def test_commands_are_known():
         assert re.search(rf"^  {command} ", USAGE, re.MULTILINE), command
 
 
+def test_extras_and_options_are_known():
+    import dataclasses
+    import tomllib
+
+    from train.clean import Clean
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra in re.findall(r"pip install -e '\.\[(\w+)\]'", TEXT):
+        assert extra in project["optional-dependencies"], extra
+    assert f"pip install {project['name']}`" in TEXT
+    (line,) = re.findall(r"^python -m train clean (.*)$", TEXT, re.MULTILINE)
+    known = {field.name.replace("_", "-") for field in dataclasses.fields(Clean)}
+    assert set(re.findall(r"--([\w-]+)", line)) <= known
+
+
 def test_make_targets_are_known():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`make (\w+)`", TEXT):
+    targets = re.findall(r"`make (\w+)`", TEXT)
+    assert targets
+    for target in targets:
         assert f"\n{target}:" in makefile, target
 
 
@@ -49,6 +72,32 @@ def test_links_lead_somewhere():
         assert (ROOT / link).exists(), link
 
 
+def test_a_newcomer_finds_the_doors():
+    head = TEXT[: TEXT.index("\n## ")]
+    for page in ("tutorial_folder", "tutorial_loop", "tutorial_paper", "use_the_network"):
+        assert f"docs/{page}.md" in head, page
+    assert "](docs/images/suspects.png)" in TEXT
+    for word in ("When not to use it", "PyTorch", "stop early", "arXiv", "CITATION.cff"):
+        assert word in TEXT, word
+
+
+def test_the_figures_are_those_of_the_study():
+    import json
+
+    cases = json.loads((ROOT / "docs/results/steps.json").read_text())
+    for case, row in (
+        ("fashion 4000, mlp, symmetric 50%", "MLP, 4,000 images: plain training"),
+        ("fashion 1000, resnet_small, symmetric 50%", "residual network"),
+    ):
+        plain = TEXT[TEXT.index(row) :]
+        coherent = plain[plain.index("**coherent steps**") :]
+        for text, method in ((plain, "plain"), (coherent, "coherent")):
+            shown = [float(x) for x in re.findall(r"\d+\.\d", text[: text.index("\n")])]
+            figures = cases[case][method]
+            assert shown == [round(figures[x]["mean"], 1) for x in ("last", "stopped", "best")]
+
+
 def test_it_is_read_in_a_minute():
     assert len(TEXT.splitlines()) <= 110
     assert len(TEXT.split()) <= 900
+    assert len(re.findall(r"\d[\d.,]*", PROSE)) <= 25

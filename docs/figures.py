@@ -1,0 +1,124 @@
+"""Compares the figures that pages state with the JSON files of the results.
+
+``python docs/figures.py`` writes `docs/suspects.txt`, the table of rankings.
+"""
+
+import json
+import pathlib
+import re
+import statistics
+from typing import Any
+
+_DOCS = pathlib.Path(__file__).parent
+SUSPECTS = _DOCS / "suspects.txt"
+_RANKINGS = {
+    "bilevel": "suspects of a run by eq. (10)",
+    "sgd": "the same score, SGD",
+    "training_loss": "loss after SGD",
+    "cleanlab_sgd_100": "cleanlab",
+    "cleanlab_sgd_20": "cleanlab, 20 epochs",
+}
+_WITH_SPREAD = re.compile(r"\d+\.\d(?: ± \d+\.\d)?(?: \(\d+\.\d\))|\d+\.\d ± \d+\.\d")
+
+
+def index() -> None:
+    """What the front page says of the demo."""
+    methods, page = _load("demo.json")["methods"], " ".join(_page("index.md").split())
+    for method in ("sgd", "bilevel", "coherent"):
+        for name in ("test_last", "stopped"):
+            mean, spread = (methods[method][f"{name}_{what}"] for what in ("mean", "std"))
+            assert f"{mean:.1f} ± {spread:.1f}" in page, (method, name)
+
+
+def suspects() -> None:
+    """The table of rankings, and what the page says of every seed."""
+    assert SUSPECTS.read_text(encoding="utf-8") == suspects_table(), "run python docs/figures.py"
+    for case, seeds in _load("suspects.json")["cases"].items():
+        for name in _RANKINGS:
+            assert all(seed["bilevel"]["auc"] >= seed[name]["auc"] for seed in seeds.values()), (
+                case,
+                name,
+            )
+
+
+def suspects_table() -> str:
+    """Area under the ROC curve / precision of rankings, means over seeds, in Markdown."""
+    rows = [["", *_RANKINGS.values()], ["---"] * (1 + len(_RANKINGS))]
+    for case, seeds in _load("suspects.json")["cases"].items():
+        data, noise = case.replace("fashion_mnist", "Fashion-MNIST").split("/")
+        *kind, rate = noise.split("_")
+        rows.append([f"{data}, {rate}% {' '.join(kind)}"])
+        for name in _RANKINGS:
+            rows[-1].append(
+                " / ".join(
+                    f"{statistics.mean(seed[name][figure] for seed in seeds.values()):.1f}"
+                    for figure in ("auc", "precision")
+                )
+            )
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def results() -> None:
+    """What the page of results says of coherent steps and of the paper's rule."""
+    page = _page("results.md")
+    _coherent_steps(page, list(_load("steps.json").values()))
+    assert len(_load("suspects.json")["cases"]) == 6  # of which `suspects` has checked each
+    _of_arms(page[page.index("## The paper's rule") :])
+
+
+def paper() -> None:
+    """What the appendix says of the paper's rule."""
+    _of_arms(_page("appendix_paper.md"))
+
+
+def _of_arms(text: str) -> None:
+    known = set()
+    for run in _load("summary.json").values():
+        last = f"{run['test_last_mean']:.1f}"
+        both = f"{last} ± {run['test_last_std']:.1f}"
+        best = f"({run['test_best_mean']:.1f})"
+        train = f"{run['train_noisy_mean']:.1f} ± {run.get('train_noisy_std', 0):.1f}"
+        known |= {both, f"{both} {best}", f"{last} {best}", train}
+    shown = _WITH_SPREAD.findall(text)
+    assert len(shown) > 10, shown
+    assert not (unknown := set(shown) - known), unknown
+
+
+def _coherent_steps(page: str, cases: list[dict[str, Any]]) -> None:
+    noisy = [case for case in cases if case["case"]["rate"]]
+    clean = [case for case in cases if not case["case"]["rate"]]
+    for what, words in (
+        ("last", "In all {} of {} cases with wrong labels"),
+        ("stopped", "in {} of {} cases at least what held-out labels stop SGD at"),
+        ("best", "in {} of the {} it is at least the best epoch"),
+    ):
+        count = sum(_last(case) >= _plain(case, what) for case in noisy)
+        _states(page, words.format(count, len(noisy)))
+    fine = sum(_last(case) > _plain(case, "last") - 0.5 for case in clean)
+    _states(page, f"{fine} of {len(clean)} cases end within half a point")
+    worst = min(clean, key=lambda case: _last(case) - _plain(case, "last"))
+    _states(page, f"{_last(worst)} where plain training ends at {_plain(worst, 'last')}")
+
+
+def _last(case: dict[str, Any]) -> float:
+    return round(case["coherent"]["last"]["mean"], 1)
+
+
+def _plain(case: dict[str, Any], what: str) -> float:
+    return round(case["plain"][what]["mean"], 1)
+
+
+def _states(page: str, words: str) -> None:
+    assert words in " ".join(page.split()), f"the page does not say: {words}"
+
+
+def _load(name: str) -> dict[str, Any]:
+    return json.loads((_DOCS / "results" / name).read_text(encoding="utf-8"))
+
+
+def _page(name: str) -> str:
+    return (_DOCS / name).read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    SUSPECTS.write_text(suspects_table(), encoding="utf-8")
