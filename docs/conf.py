@@ -15,12 +15,13 @@ import optax_bilevel
 
 project = "optax_bilevel"
 author = "The optax_bilevel authors"
+project_copyright = f"2026, {author}"
 version = release = optax_bilevel.__version__
 extensions = [
+    "formulas",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
 myst_enable_extensions = ["amsmath", "dollarmath"]
@@ -29,6 +30,9 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_custom_sections = ["Warns"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_math_renderer = "svg"
 html_title = f"optax_bilevel {version}"
 exclude_patterns = ["_build", "results"]
 # Sphinx's own flags leave out what an error says.
