@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import pathlib
+import shlex
 import shutil
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -121,7 +122,7 @@ def run(clean: Clean, console: Console) -> dict[str, Any]:
         demo.describe(first, config, console)
         _forget_if_changed(out, first, console)
         _train(FIRST, config, first, clean, console)
-        ranked = _rank(out, console)
+        ranked = _rank(clean, console)
         last = FIRST
         by_hand = ranked["digest"] != _digest(out / LABELS)
         if ranked["left_out"] or by_hand:
@@ -281,15 +282,17 @@ def _train(
         trainer.train(config, out / name, options, on)
 
 
-def _rank(out: pathlib.Path, console: Console) -> dict[str, Any]:
+def _rank(clean: Clean, console: Console) -> dict[str, Any]:
     """Ranks the labels of the first run, unless that is done; returns what it came to."""
+    out = clean.out
     marker = out / RANKED
     if marker.exists() and (out / LABELS).exists():
         return json.loads(marker.read_text())
     found = suspects.rank(out / FIRST)
     suspects.write_csv(found, out / TABLE)
     title = f"{found.description.dataset}: labels that look wrong"
-    suspects.write_page(found, out / PAGE, _PICTURES_SHOWN, title)
+    place = f"Put the list that you download here in the place of {out / LABELS}, then train by it:"
+    suspects.write_page(found, out / PAGE, _PICTURES_SHOWN, title, [(place, _command(clean))])
     dataset = problem.load_dataset(open_run(out / FIRST).config)
     corrected = correct.correct(found, dataset, "drop")
     corrected.write(out / LABELS, "file", with_split=True)
@@ -304,6 +307,15 @@ def _rank(out: pathlib.Path, console: Console) -> dict[str, Any]:
     }
     write_json(marker, ranked)
     return ranked
+
+
+def _command(clean: Clean) -> str:
+    words = ["python", "-m", "train", "clean", str(clean.folder), "--out", str(clean.out)]
+    for field in dataclasses.fields(clean):
+        value = getattr(clean, field.name)
+        if field.name not in ("folder", "out") and value != field.default:
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 # --------------------------------------------------------------------- what was done before

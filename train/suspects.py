@@ -2,9 +2,14 @@
 
 import base64
 import csv
+import dataclasses
 import html
 import io
+import json
 import pathlib
+import shlex
+import string
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,10 +17,11 @@ import numpy as np
 from PIL import Image
 
 from train import data, evidence, saved
-from train.config import ConfigError
+from train.config import Config, ConfigError
 from train.description import Description
 from train.problem import load_dataset, load_problem
 
+_PAGE = pathlib.Path(__file__).with_name("suspects_page.html")
 _LARGEST_SIDE = 160  # pixels of a picture on the page; larger images are scaled down
 
 
@@ -33,6 +39,7 @@ class Suspects(NamedTuple):
         description: of the run's data.
         gone: names of examples whose pictures are no longer there.
         relabelled: names of examples whose label is no longer the one that the run had.
+        others: names and labels, as they are now, of the training examples that are not ranked.
     """
 
     names: tuple[str, ...]
@@ -45,6 +52,7 @@ class Suspects(NamedTuple):
     description: Description
     gone: tuple[str, ...] = ()
     relabelled: tuple[str, ...] = ()
+    others: tuple[tuple[str, str], ...] = ()
 
 
 def rank(directory: pathlib.Path) -> Suspects:
@@ -73,8 +81,9 @@ def rank(directory: pathlib.Path) -> Suspects:
     order = np.argsort(-means.score[positions], kind="stable")  # NaN last
     chosen = positions[order]
     true = None if about.own_labels is None else np.array(about.own_labels)[chosen]
+    names = tuple(about.names[i] for i in chosen)
     return Suspects(
-        names=tuple(about.names[i] for i in chosen),
+        names=names,
         given=np.array(about.labels)[chosen],
         suggested=suggested[order],
         true=true,
@@ -84,7 +93,17 @@ def rank(directory: pathlib.Path) -> Suspects:
         description=about,
         gone=gone,
         relabelled=relabelled,
+        others=_others(run.config, frozenset(names)),
     )
+
+
+def _others(config: Config, ranked: frozenset[str]) -> tuple[tuple[str, str], ...]:
+    if config.train_size is not None:  # the others were not wanted
+        return ()
+    dataset = load_dataset(config)
+    labels = (dataset.class_names[label] for label in dataset.train.labels)
+    every = zip(dataset.train_names, labels, strict=True)
+    return tuple((name, label) for name, label in every if name not in ranked)
 
 
 def _matched(
@@ -161,8 +180,37 @@ def write_csv(suspects: Suspects, file: pathlib.Path) -> None:
             )
 
 
-def write_page(suspects: Suspects, file: pathlib.Path, count: int, title: str) -> None:
-    """Writes a page of the `count` most suspicious images; it needs no other file."""
+def what_next(config: Config, directory: pathlib.Path) -> list[tuple[str, str]]:
+    """What to do with a ranking of a run: words and commands, for `write_page`."""
+    listed = dataclasses.replace(config, labels="labels.csv", train_size=None, noise="none")
+    flags = dataclasses.replace(listed, noise_rate=Config.noise_rate).flags()
+    again = ["python", "-m", "train", "run", *flags, "--out", f"{directory}-again"]
+    drop = ["python", "-m", "train", "suspects", str(directory), "--apply", "drop"]
+    return [
+        ("Train again by the list that you download here:", shlex.join(again)),
+        ("Or without looking, leave out every label with a score above 0:", shlex.join(drop)),
+    ]
+
+
+def write_page(
+    suspects: Suspects,
+    file: pathlib.Path,
+    count: int,
+    title: str,
+    commands: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Writes a page of the `count` most suspicious images; it needs no other file.
+
+    Its reader marks labels as right or wrong, and downloads a list of all labels that
+    ``run --labels`` takes.
+
+    Args:
+        suspects: the ranking.
+        file: the page.
+        count: how many images to show, of those that were ever seen in training.
+        title: of the page.
+        commands: what to do next, words and a command each.
+    """
     means, about = suspects.means, suspects.description
     count = min(count, int(np.isfinite(means.score).sum()))
     tiles = []
@@ -173,22 +221,47 @@ def write_page(suspects: Suspects, file: pathlib.Path, count: int, title: str) -
         source = html.escape(suspects.names[i])
         if not about.has_files:
             source = f"example {source}"
-        labels = f"<s>{given}</s> → <b>{suggested}</b>" if suggested != given else given
+        labels, spoken = given, f"{source}: {given}"
+        if suggested != given:
+            labels = f"<s>{given}</s> → <b>{suggested}</b>"
+            spoken = f"{source}: labelled {given}, suggested {suggested}"
         tiles.append(
-            f'<li><img alt="{source}: {given}" '
+            f'<li><img alt="{spoken}" '
             f'src="data:image/png;base64,{_png(pixels, about.max_value)}">'
             f"<p>{labels}</p><small>{source}<br>score {means.score[i]:.2f}</small></li>"
         )
     above = int((means.score > 0).sum())
+    steps = "".join(
+        f"<p>{html.escape(words)}</p><pre>{html.escape(command)}</pre>"
+        for words, command in commands
+    )
     file.write_text(
-        _PAGE.format(
+        string.Template(_PAGE.read_text(encoding="utf-8")).substitute(
             title=html.escape(title),
             summary=f"The {count:,} most suspicious of {len(means.score):,} examples; "
             f"{above:,} have a score above 0.",
             tiles="\n".join(tiles),
+            next=steps and f"<section><h2>What next</h2>{steps}</section>",
+            data=_for_script(suspects, above),
         ),
         encoding="utf-8",
     )
+
+
+def _for_script(suspects: Suspects, above: int) -> str:
+    """What the page's script needs of all examples, as JSON that no tag can end."""
+    about = suspects.description
+    what = {
+        "column": "file" if about.has_files else "example",
+        "classes": about.class_names,
+        "names": suspects.names,
+        "given": suspects.given.tolist(),
+        "suggested": suspects.suggested.tolist(),
+        "held_out": suspects.held_out.astype(int).tolist(),
+        "above": above,
+        "others": [(name, label, "train") for name, label in suspects.others],
+    }
+    return json.dumps(what, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _png(pixels: np.ndarray, max_value: int) -> str:
@@ -199,38 +272,3 @@ def _png(pixels: np.ndarray, max_value: int) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --quiet: #595959; --line: #d0d0d0; --card: #f6f6f6; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --quiet: #a8a8a8; --line: #404040; --card: #1f1f1f; }}
-}}
-body {{ font: 16px/1.4 system-ui, sans-serif; margin: 0 auto; max-width: 80rem; padding: 1rem; }}
-h1 {{ font-size: 1.4rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }}
-header p {{ color: var(--quiet); margin: 0 0 1rem; max-width: 60rem; }}
-ol {{ display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
-  list-style: none; margin: 0; padding: 0; }}
-li {{ background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  overflow-wrap: anywhere; padding: .6rem; }}
-img {{ aspect-ratio: 1; background: #000; display: block; image-rendering: pixelated;
-  object-fit: contain; width: 100%; }}
-li p {{ margin: .5rem 0 .2rem; }}
-s, small {{ color: var(--quiet); }}
-</style>
-<header>
-<h1>{title}</h1>
-<p>{summary} Struck through: the given label; then the label that the network suggests. The score is
-by how much, over all epochs, the logit of the best other label was above that of the given one.</p>
-</header>
-<ol>
-{tiles}
-</ol>
-</html>
-"""

@@ -68,7 +68,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.items = [], []
+        self.elements, self.items, self.ended = [], [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -76,8 +76,11 @@ class Page(html.parser.HTMLParser):
         if tag == "li":
             self.items.append("")
 
+    def handle_endtag(self, tag):
+        self.ended |= tag == "ol"
+
     def handle_data(self, data):
-        if self.items:
+        if self.items and not self.ended:
             self.items[-1] += data + " "
 
 
@@ -155,7 +158,9 @@ def test_the_page_shows_the_most_suspicious_and_needs_no_other_file(tmp_path):
     assert "<cat>" not in text
     assert "digits &amp; more" in text
     assert "2 have a score above 0" in text
-    assert not any(word in text for word in ("http", "<script", "<link", "url("))
+    assert not any(word in text for word in ("http", "<link", "url(", "import"))
+    assert 'alt="example 101: labelled dog, big, suggested &lt;cat&gt;"' in text
+    assert 'alt="example 102: cow"' in text
     assert {tag for tag, attrs in page.elements if "src" in attrs or "href" in attrs} == {"img"}
 
 
