@@ -29,7 +29,7 @@ from train import augment, correct, demo, export, problem, suspects, trainer
 from train.config import AUTO, Config, ConfigError
 from train.description import Description, NoDescriptionError
 from train.files import write_json
-from train.progress import Display
+from train.progress import Display, reading
 from train.run_directory import InUseError, RunDirectoryError, read_metrics, read_result
 from train.saved import open_run
 
@@ -117,6 +117,8 @@ def run(clean: Clean, console: Console) -> dict[str, Any]:
         )
     with _held(out):
         _check_choices(clean)
+        with reading(console) as on_file:
+            problem.load_dataset(_config(clean), on_file)
         config = _sized(_config(clean), clean.epochs)
         first = trainer.load_problem(config)
         demo.describe(first, config, console)

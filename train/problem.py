@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,28 +57,38 @@ class Problem:
         return Description.of(self)
 
 
-@functools.lru_cache(maxsize=2)
-def _dataset(
-    name: str, data_dir: str | None, image_size: int | None, labels: str | None, bad_files: Any
-) -> data.Dataset:
-    return data.load(name, data_dir, image_size=image_size, labels=labels, bad_files=bad_files)
+_loaded: dict[Any, data.Dataset] = {}  # the last two
 
 
 def forget() -> None:
     """Lets go of the data sets in memory: what is on the disk may have changed since."""
-    _dataset.cache_clear()
+    _loaded.clear()
 
 
-def load_dataset(config: Config) -> data.Dataset:
-    """The whole data set of a config.
+def load_dataset(
+    config: Config, on_file: Callable[[int, int], None] = lambda done, total: None
+) -> data.Dataset:
+    """The whole data set of a config; read once, and kept for the next that asks for it.
+
+    Args:
+        config: names it.
+        on_file: called while the files of a folder are read, with the number done and of all.
 
     Raises:
         DataNotFoundError: if the data are not there.
         ValueError: if they are damaged, or the choices do not fit them.
     """
-    return _dataset(
-        config.dataset, config.data_dir, config.image_size, config.labels, config.bad_files
-    )
+    name, folder = config.dataset, config.data_dir
+    options: dict[str, Any] = {
+        "image_size": config.image_size, "labels": config.labels, "bad_files": config.bad_files,
+    }  # fmt: skip
+    key = (name, folder, *options.values())
+    if key not in _loaded:
+        dataset = data.load(name, folder, on_file=on_file, **options)
+        while len(_loaded) > 1:
+            del _loaded[next(iter(_loaded))]
+        _loaded[key] = dataset
+    return _loaded[key]
 
 
 def load_problem(config: Config) -> Problem:

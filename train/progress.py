@@ -1,5 +1,7 @@
 """Progress of a run: a bar on a terminal; elsewhere, as in a file, a line an epoch."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -61,6 +63,34 @@ class Display:
         for done in self._progress.task_ids:
             self._progress.remove_task(done)
         self._progress.console.print(line)
+
+
+_MANY = 1000  # files: to read fewer takes a moment
+
+
+@contextlib.contextmanager
+def reading(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar that goes on while the files of a folder are read; in a file, a line if they are many.
+
+    Yields:
+        what `train.data.load` takes as `on_file`.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(compact=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar:
+        task = bar.add_task("reading pictures", start=False, visible=False)
+        begun = False
+
+        def on_file(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:
+                begun = True
+                bar.start_task(task)
+                if not console.is_terminal and total >= 2 * _MANY:
+                    console.print(f"reading {total // 2:,} pictures", soft_wrap=True)  # twice each
+            bar.update(task, completed=done, total=total, visible=True)
+
+        yield on_file
 
 
 def describe(line: dict[str, Any], epochs: int) -> str:

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import pathlib
@@ -11,9 +12,10 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from train import __main__ as cli
-from train import data, loop, methods, noise, trainer
+from train import data, loop, methods, noise, progress, trainer
 from train.checkpoints import CheckpointError
 from train.config import Config
 from train.run_directory import RunDirectory, read_metrics
@@ -440,3 +442,19 @@ def test_a_folder_of_classes_from_end_to_end(tmp_path, capsys):
     assert sum(line["read"] for line in account["lines"]) == 64
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test_last"] == 100
     assert (tmp_path / "run" / "tensorboard").is_dir()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_reading_many_pictures_is_shown(terminal):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=80)
+    with progress.reading(console) as on_file:
+        on_file(1, 4000)
+        on_file(4000, 4000)
+    shown = out.getvalue()
+    assert ("reading pictures" in shown) == terminal
+    assert ("reading 2,000 pictures" in shown) != terminal
+    quiet = io.StringIO()
+    with progress.reading(Console(file=quiet)) as on_file:
+        on_file(1, 20)
+    assert quiet.getvalue() == ""
