@@ -99,7 +99,13 @@ CASES = {
 }
 every = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 SOME = {name: CASES[name] for name in ("with weights", "in a chain", "multi_steps", "coherent")}
-some = pytest.mark.parametrize("case", SOME.values(), ids=list(SOME))
+some = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.slow if name == "multi_steps" else ())
+        for name, case in SOME.items()
+    ],
+)
 
 
 @pytest.fixture(autouse=True)

@@ -78,7 +78,7 @@ def test_the_direction_is_the_optimizers_average_of_gradients():
         optimizers.direction(tx.init(PARAMS))
 
 
-@pytest.mark.parametrize("method", ["coherent", "uniform"])
+@pytest.mark.parametrize("method", ["coherent", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_a_run_with_adamw_learns(tmp_path, method):
     config = tiny.config(
         method=method, optimizer="adamw", learning_rate=0.01, weight_decay=0.01, epochs=8,
