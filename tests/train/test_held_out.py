@@ -195,7 +195,7 @@ def no_test(monkeypatch):
     """Digits without a test part."""
     whole = data.load("digits")
     dataset = dataclasses.replace(whole, test=whole.test.take(np.arange(0)))
-    monkeypatch.setattr(problem_module, "load_dataset", lambda config: dataset)
+    monkeypatch.setattr(problem_module, "load_dataset", lambda config, on_file=None: dataset)
 
 
 @pytest.mark.usefixtures("no_test")
