@@ -81,7 +81,8 @@ def _clean(args: list[str], console: Console) -> None:
 def _run(args: list[str], console: Console) -> None:
     from train import demo, distributed, saved, trainer
     from train.config import Config
-    from train.progress import Display
+    from train.problem import load_dataset
+    from train.progress import Display, reading
 
     @dataclasses.dataclass(frozen=True)
     class Run:
@@ -121,6 +122,8 @@ def _run(args: list[str], console: Console) -> None:
     elif where != (None, None, None):
         raise ValueError("--coordinator, --num-processes and --process-id need --distributed")
     config = saved.read_config(chosen.out) if chosen.resume else chosen.config
+    with reading(console) as on_file:
+        load_dataset(config, on_file)
     problem = trainer.load_problem(config)
     demo.describe(problem, config, console)
     with Display(console) as display:
@@ -201,11 +204,19 @@ def _report(args: list[str], console: Console) -> None:
                 "that are in its summary.json and not in the runs stay"
             ),
         ] = None
+        redraw: Annotated[
+            bool, Help(help="no runs: tables and figures of --docs anew, from its summary.json")
+        ] = False
 
     chosen = tyro.cli(Report, args=args, prog="python -m train report")
     # Matplotlib takes a second to import: after the options are read.
     from train import report
 
+    if chosen.redraw:
+        if chosen.docs is None:
+            raise ValueError("--redraw wants --docs, the folder with summary.json")
+        console.print(f"{report.redraw(chosen.docs)} arms: {chosen.docs / 'tables.md'}")
+        return
     arms = report.write(chosen.runs, chosen.out, chosen.docs)
     console.print(f"{arms} arms: {chosen.out / 'index.html'}")
 
@@ -358,7 +369,8 @@ def _suspects(args: list[str], console: Console) -> None:
     out.mkdir(parents=True, exist_ok=True)
     suspects.write_csv(found, out / "suspects.csv")
     title = f"{found.description.dataset}: labels that look wrong"
-    suspects.write_page(found, out / "suspects.html", chosen.count, title)
+    commands = suspects.what_next(read_config(chosen.run), chosen.run)
+    suspects.write_page(found, out / "suspects.html", chosen.count, title, commands)
     if chosen.apply is None:
         above = int((found.means.score > 0).sum())
         console.print(f"{above:,} of {len(found.given):,} labels look wrong (score above 0)")

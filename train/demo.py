@@ -104,8 +104,8 @@ def run(demo: Demo, console: Console) -> dict[str, Any]:
     # Matplotlib takes a second to import: after the training, not before.
     from train import plots
 
-    picture = demo.out / "demo.png"
-    plots.draw_demo({m: [lines for _, lines in runs] for m, runs in results.items()}, picture)
+    curves = {m: [lines for _, lines in runs] for m, runs in results.items()}
+    picture = plots.draw_demo(curves, demo.out)[0]
     console.print(
         f"{len(configs)} runs in {time.monotonic() - started:.0f} s. "
         f"Picture: {picture}, figures: {demo.out / 'summary.json'}"

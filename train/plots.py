@@ -1,8 +1,10 @@
 """Pictures of runs."""
 
+import html
 import io
 import pathlib
 import re
+from collections.abc import Callable, Collection
 from typing import Any
 
 import matplotlib
@@ -16,26 +18,32 @@ from matplotlib.figure import Figure
 
 Runs = dict[str, list[list[dict[str, Any]]]]  # method -> seeds -> lines of metrics
 
+# The colour of a method is the same in every picture of the project, and has contrast enough on
+# white and on the dark pages alike.
 STYLES = {
-    "sgd": ("SGD, whole batch", "#888888", "--"),
-    "sgd_random": ("SGD, random batches", "#333333", ":"),
+    "sgd": ("SGD, whole batch", "#767676", "--"),
+    "sgd_random": ("SGD, random batches", "#8a6d3b", ":"),
     "uniform": ("uniform control", "#d55e00", "-"),
     "bilevel": ("bilevel, eq. (10)", "#0072b2", "-"),
     "bilevel_exact": ("bilevel, eq. (8)", "#009e73", "-"),
-    "coherent": ("coherent steps", "#56b4e9", "-"),
+    "coherent": ("coherent steps", "#d0206e", "-"),
     "label_smoothing": ("label smoothing", "#b8860b", ":"),
-    "dropout": ("dropout, keep 0.3", "#8c6d5a", ":"),
-    "mixup": ("mixup", "#cc79a7", "--"),
-    "bootstrapping": ("bootstrapping", "#9467bd", ":"),
+    "dropout": ("dropout, keep 0.3", "#5f8a8b", ":"),
+    "mixup": ("mixup", "#a678de", "--"),
+    "bootstrapping": ("bootstrapping", "#5f7fbf", ":"),
     "noise_layer": ("noise layer", "#17a2b8", ":"),
     "azadi": ("AIR regularizer", "#7a8f2a", ":"),
-    "mentornet": ("MentorNet", "#c0504d", ":"),
-    "gce": ("generalized cross-entropy", "#5d7f1f", "-."),
-    "elr": ("ELR", "#b03060", "-."),
-    "coherent_mixup": ("coherent + mixup", "#1f78b4", "-."),
-    "coherent_elr": ("coherent + ELR", "#1b9e9e", "-."),
-    "bilevel_mixup": ("bilevel + mixup", "#7b3294", "-"),
+    "mentornet": ("MentorNet", "#c0706d", ":"),
+    "gce": ("generalized cross-entropy", "#4f9a3a", "-."),
+    "elr": ("ELR", "#b07d00", "-."),
+    "coherent_mixup": ("coherent + mixup", "#e0559a", "-."),
+    "coherent_elr": ("coherent + ELR", "#f0707f", "-."),
+    "bilevel_mixup": ("bilevel + mixup", "#7b52cf", "-"),
 }
+_MANY = 6  # lines that can be told apart
+_MAIN = ("sgd", "sgd_random", "bilevel", "bilevel_exact", "bilevel_mixup", "coherent")
+_OTHER = "#b0b0b0"
+_AGAIN = ("-", "--", ":")  # the lines of a method's second curve and of later ones, from "--" on
 
 
 def style(series: str) -> tuple[str, str | None, str]:
@@ -50,38 +58,49 @@ def style(series: str) -> tuple[str, str | None, str]:
     return label, color, line
 
 
-def draw_demo(runs: Runs, file: pathlib.Path) -> None:
-    """Test accuracy, memorising, and the weights of clean-heavy and noisy-heavy mini-batches.
+def is_main(series: str, among: Collection[str]) -> bool:
+    """Whether a series keeps its colour beside so many others; the rest is drawn in one grey."""
+    return len(among) <= _MANY or series.partition(", ")[0] in _MAIN
+
+
+def draw_demo(runs: Runs, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Test accuracy, memorising, and the weights of mini-batches, a picture each.
 
     Args:
         runs: lines of metrics of every seed of every method.
-        file: the PNG to write.
+        folder: where to write ``demo.png``, ``demo_memorised.png`` and ``demo_weights.png``; those
+            for which the runs have nothing are left out.
+
+    Returns:
+        The files.
     """
-    figure, (test, memorised, omega) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
-    for method, seeds in runs.items():
-        if "test" in seeds[0][0]:
-            _curve(test, method, seeds, "test")
-        _curve(memorised, method, seeds, "train_given")
-    test.set(title="Accuracy on clean test images", xlabel="epoch", ylabel="%")
-    memorised.set(
-        title="Training labels reproduced, wrong ones included", xlabel="epoch", ylabel="%"
+    pictures: dict[str, Callable[[Any], None]] = {}
+    if all("test" in seeds[0][0] for seeds in runs.values()):
+        pictures["demo"] = lambda axes: _curves(axes, runs, "test", "accuracy on clean test images")
+    pictures["demo_memorised"] = lambda axes: _curves(
+        axes, runs, "train_given", "training labels reproduced, wrong ones included"
     )
-    for axes in (test, memorised):
-        axes.grid(alpha=0.3)
-    if test.has_data():
-        test.legend(loc="lower left", frameon=False)
-    weighed = [
-        method
-        for method in ("bilevel", "bilevel_exact")
-        if method in runs and "omega_histogram" in runs[method][0][0]
-    ]
-    if weighed:
-        _histogram(omega, weighed[0], runs[weighed[0]])
-    else:
-        omega.set_axis_off()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    for method in ("bilevel_exact", "bilevel"):
+        if method in runs and "omega_histogram" in runs[method][0][0]:
+            pictures["demo_weights"] = lambda axes, of=method: _histogram(axes, of, runs[of])
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.png" for name in pictures]
+    for file, draw in zip(files, pictures.values(), strict=True):
+        with plt.rc_context({"font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left"}):
+            figure, axes = plt.subplots(figsize=(5.4, 4.6), layout="constrained")
+            draw(axes)
+            figure.savefig(file, dpi=160)
+            plt.close(figure)
+    return files
+
+
+def _curves(axes: Any, runs: Runs, name: str, title: str) -> None:
+    for method, seeds in runs.items():
+        _curve(axes, method, seeds, name, width=2.4 if method == "coherent" else 1.6)
+    axes.set(title=f"{title}, %", xlabel="epoch; in the legend the last one")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, handlelength=2.2)
 
 
 def _curve(
@@ -89,14 +108,22 @@ def _curve(
     method: str,
     seeds: list[list[dict[str, Any]]],
     name: str,
-    otherwise: str | None = None,
+    color: str | None = None,
+    *,
+    line: str | None = None,
+    width: float = 1.5,
+    main: bool = True,
 ) -> None:
-    label, color, line = style(method)
-    color = color or otherwise
+    label, own_color, own_line = style(method)
+    color, line = color or own_color, line or own_line
     epochs = [entry["epoch"] for entry in seeds[0]]
     values = np.array([[entry[name] for entry in lines] for lines in seeds])
     mean = values.mean(0)
-    (drawn,) = axes.plot(epochs, mean, line, color=color, label=f"{label}: {mean[-1]:.1f}")
+    label = f"{label}: {mean[-1]:.1f}"
+    if not main:
+        axes.plot(epochs, mean, color=_OTHER, lw=1, zorder=1)
+        return
+    (drawn,) = axes.plot(epochs, mean, line, color=color, lw=width, label=label)
     axes.fill_between(
         epochs, values.min(0), values.max(0), color=drawn.get_color(), alpha=0.15, lw=0
     )
@@ -110,8 +137,8 @@ def _histogram(axes: Any, method: str, seeds: list[list[dict[str, Any]]]) -> Non
     half = SHARE_BINS // 2
     edges = np.linspace(-OMEGA_RANGE, OMEGA_RANGE, OMEGA_BINS + 1)
     for rows, label, color in (
-        (counts[:half], "most labels right", "#0072b2"),
-        (counts[half + 1 :], "most labels wrong", "#d55e00"),
+        (counts[:half], "most labels right", "#35978f"),
+        (counts[half + 1 :], "most labels wrong", "#bf812d"),
     ):
         total = rows.sum()
         if total:
@@ -121,7 +148,7 @@ def _histogram(axes: Any, method: str, seeds: list[list[dict[str, Any]]]) -> Non
                 share, edges, fill=True, alpha=0.45, color=color, label=f"{label}: mean {mean:.2f}"
             )
     axes.axvline(1, color="black", lw=0.8, ls=":")
-    axes.text(1.1, 0.02, "uniform weight", transform=axes.get_xaxis_transform(), fontsize=8)
+    axes.text(1.1, 0.02, "uniform weight", transform=axes.get_xaxis_transform(), fontsize=9)
     low, high = axes.get_ylim()
     axes.set_yscale("log")
     axes.set_ylim(max(low, 1e-5), 20 * high)  # room for the legend
@@ -147,16 +174,22 @@ def draw_points(title: str, x: str, log: bool, curves: dict[str, list[Any]]) -> 
         curves: series -> rows of a report, with an `x` each.
     """
     with _neutral():
-        figure, (test, train) = plt.subplots(2, 1, figsize=(5.2, 6.4), sharex=True)
-        for series, rows in curves.items():
+        figure, (test, train) = plt.subplots(2, 1, figsize=(5.2, 7), sharex=True)
+        for series, rows in sorted(curves.items(), key=lambda item: is_main(item[0], curves)):
             label, color, line = style(series)
+            main = is_main(series, curves)
+            if not main:
+                label, color, line = "others: see the table", _OTHER, "-"
             places = [row["x"] for row in rows]
             for axes, name in ((test, "test_last"), (train, "train_noisy")):
                 means = [row[f"{name}_mean"] for row in rows]
                 (drawn,) = axes.plot(
-                    places, means, line, color=color, marker="o", ms=3.5, lw=1.6, label=label
-                )
+                    places, means, line, color=color, marker="o" if main else None, ms=4,
+                    lw=1.8 if main else 1, label=label,
+                )  # fmt: skip
                 color = drawn.get_color()
+                if not main:
+                    continue
                 axes.errorbar(
                     places, means, [row[f"{name}_std"] for row in rows], fmt="none", color=color,
                     lw=0.9, alpha=0.6,
@@ -179,7 +212,8 @@ def draw_rows(title: str, rows: dict[str, Any], curves: Runs, same_data: bool) -
     Args:
         title: of the panel.
         rows: series -> row of a report.
-        curves: series -> seeds -> lines of metrics; a series may have none.
+        curves: series -> seeds -> lines of metrics; a series may have none. Without any there is
+            no panel of curves.
         same_data: whether the paper's numbers are of the same data and networks; if not, they
             have an axis of their own beside ours.
     """
@@ -187,25 +221,29 @@ def draw_rows(title: str, rows: dict[str, Any], curves: Runs, same_data: bool) -
                if "test" in row["paper"]}  # fmt: skip
     beside = bool(printed) and not same_data
     with _neutral():
-        height = 1.3 + 0.28 * len(rows)
-        figure = plt.figure(figsize=(5.2, height + 3.2))
+        height = 1.3 + 0.3 * len(rows)
+        mosaic, heights = [["ours", "paper"] if beside else ["ours"]], [height]
+        if any(curves.values()):
+            mosaic, heights = [*mosaic, ["test"] * len(mosaic[0])], [height, 2.8]
+        figure = plt.figure(figsize=(5.2, sum(heights) + 0.6))
         axes = figure.subplot_mosaic(
-            [["ours", "paper"], ["test", "test"]] if beside else [["ours"], ["test"]],
-            height_ratios=(height, 2.6),
-            width_ratios=(3, 2) if beside else None,
+            mosaic, height_ratios=heights, width_ratios=(3, 2) if beside else None
         )
-        ours, test = axes["ours"], axes["test"]
+        ours, test = axes["ours"], axes.get("test")
+        drawn: list[str] = []
         for place, (series, row) in enumerate(rows.items()):
-            _, color, _ = style(series)
-            color = color or f"C{place}"
+            color = style(series)[1] or f"C{place}"
             ours.errorbar(
                 row["test_last_mean"], place, xerr=row["test_last_std"], fmt="o", ms=5, color=color
             )
             ours.plot(row["test_best_mean"], place, "o", ms=5, mfc="none", color=color)
             if "stopped_mean" in row:
                 ours.plot(row["stopped_mean"], place, "s", ms=5, mfc="none", color=color)
-            if curves[series]:
-                _curve(test, series, curves[series], "test", color)
+            if test is not None and curves[series]:
+                main = is_main(series, rows)
+                line = style(series)[2] if color not in drawn else _AGAIN[drawn.count(color) % 3]
+                drawn.append(color)
+                _curve(test, series, curves[series], "test", color, line=line, main=main)
         ours.set_yticks(range(len(rows)), [style(series)[0] for series in rows])
         marks = "test, %: last ●, best epoch ○"
         if any("stopped_mean" in row for row in rows.values()):
@@ -222,19 +260,24 @@ def draw_rows(title: str, rows: dict[str, Any], curves: Runs, same_data: bool) -
             if dots is not None:
                 dots.set_ylim(len(rows) - 0.5, -0.5)
         ours.set_title(marks)
-        test.set(title="test by epoch, %; colours as above", xlabel="epoch")
+        if test is not None:
+            more = "" if all(is_main(series, rows) for series in rows) else ", others grey"
+            test.set(title=f"test by epoch, %; colours as above{more}", xlabel="epoch")
         for each in axes.values():
             each.grid(alpha=0.25)
         return _finish(figure, title, None)
 
 
 def _finish(figure: Figure, title: str, labelled: Any) -> Figure:
-    figure.suptitle(title, fontsize=10, fontweight="bold")
+    figure.suptitle(title, fontsize=11, fontweight="bold")
     if labelled is not None:
         handles, labels = labelled.get_legend_handles_labels()
+        unlike = {label: handle for handle, label in zip(handles, labels, strict=True)}
+        labels, handles = list(unlike), list(unlike.values())
+        columns = 2 if len(labels) > 1 and max(map(len, labels)) < 26 else 1
         figure.legend(
-            handles, labels, loc="outside lower center", ncols=2 if len(labels) > 1 else 1,
-            frameon=False, handlelength=3,
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False,
+            handlelength=3,
         )  # fmt: skip
     return figure
 
@@ -243,13 +286,13 @@ def _neutral() -> Any:
     """Small type and one colour for all that is not data."""
     return plt.rc_context(
         {
-            "font.size": 8.5,
-            "axes.titlesize": 8.5,
+            "font.size": 10,
+            "axes.titlesize": 10,
             "axes.titlelocation": "left",
             "axes.spines.top": False,
             "axes.spines.right": False,
             "figure.constrained_layout.use": True,
-            "legend.fontsize": 8,
+            "legend.fontsize": 9.5,
             **dict.fromkeys(
                 ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
                 INK,
@@ -261,15 +304,17 @@ def _neutral() -> Any:
 def save(figure: Figure, file: pathlib.Path) -> None:
     """Writes a figure, in the format that the suffix names, and closes nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=130)
 
 
-def inline_svg(figure: Figure, salt: str) -> str:
+def inline_svg(figure: Figure, salt: str, title: str, description: str) -> str:
     """A figure as an ``<svg>`` element that takes the page's text colour and has no background.
 
     Args:
         figure: the figure.
         salt: keeps the element's ids apart from those of others on the page.
+        title: what the figure is, for those who do not see it.
+        description: what it shows, likewise.
     """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -281,4 +326,10 @@ def inline_svg(figure: Figure, salt: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{salt}-", text)
-    return text.replace(INK, "currentColor")
+    head, inside = text.split(">", 1)
+    words = (
+        f'<title id="{salt}-title">{html.escape(title)}</title>'
+        f'<desc id="{salt}-desc">{html.escape(description)}</desc>'
+    )
+    head += f' role="img" aria-labelledby="{salt}-title" aria-describedby="{salt}-desc"'
+    return f"{head}>{words}{inside}".replace(INK, "currentColor")

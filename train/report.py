@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 import html
+import itertools
 import json
+import os
 import pathlib
 import shlex
+import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +37,7 @@ class Row:
         curves: lines of metrics of each seed; none where the runs are not at hand.
         command: trains the arm with these seeds.
         run_command: trains the first of its runs by itself; empty likewise.
+        runs: their folders, by seed; empty likewise.
     """
 
     arm: Arm
@@ -41,6 +45,7 @@ class Row:
     curves: list[list[dict[str, Any]]]
     command: str
     run_command: str
+    runs: Mapping[int, pathlib.Path] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +86,11 @@ class Section:
         return " ".join(notes)
 
     def panels(self) -> dict[Panel, list[Row]]:
-        """The rows by panel, in their order."""
-        panels: dict[Panel, list[Row]] = {}
+        """The rows by panel, in their order; within a panel those of a method together."""
+        panels: dict[Panel, dict[str, list[Row]]] = {}
         for row in self.rows:
-            panels.setdefault(row.arm.panel, []).append(row)
-        return panels
+            panels.setdefault(row.arm.panel, {}).setdefault(row.arm.series, []).append(row)
+        return {panel: [*itertools.chain(*rows.values())] for panel, rows in panels.items()}
 
 
 # ------------------------------------------------------------------------------- reading
@@ -182,10 +187,11 @@ def _completed(sections: list[Section], committed: Mapping[str, Any]) -> list[Se
 def _row(arm: Arm, finished: dict[int, Outcome], command: str, directory: Any) -> Row:
     figures = runner.summarize(finished)
     figures["visits"] = figures["steps"] * arm.config.k * arm.config.b
-    first = directory(arm, next(iter(finished)))
-    wrong = [_wrong_labels(directory(arm, seed)) for seed in finished]
+    runs = {seed: directory(arm, seed) for seed in finished}
+    wrong = [_wrong_labels(run) for run in runs.values()]
     figures |= arm_loop.over_seeds(wrong, ["wrong_labels"])
-    return Row(arm, figures, [lines for _, lines in finished.values()], command, _command(first))
+    curves = [lines for _, lines in finished.values()]
+    return Row(arm, figures, curves, command, _command(next(iter(runs.values()))), runs)
 
 
 def _wrong_labels(run: pathlib.Path) -> dict[str, float]:
@@ -217,18 +223,36 @@ def _others(runs: list[pathlib.Path]) -> Section:
             key = dataclasses.replace(config, seed=0).digest()
             groups.setdefault(key, []).append((run, config, finished))
     rows = []
+    configs = [group[0][1] for group in groups.values()]
     for group in groups.values():
         first, config, _ = group[0]
+        panel = Panel(f"{config.dataset}, {config.network}")
+        alike = [of for of in configs if _panel_of(of) == _panel_of(config)]
         arm = Arm(
-            label=first.name,
-            config=config,
-            panel=Panel(f"Runs of {config.dataset}, {config.network}"),
-            series=first.name,
+            label=_name(config, alike), config=config, panel=panel, series=_name(config, alike)
         )
         finished = {of.seed: outcome for _, of, outcome in group}
         folders = {of.seed: run for run, of, _ in group}
         rows.append(_row(arm, finished, _command(first), lambda _, seed, of=folders: of[seed]))
+    order = {method: place for place, method in enumerate(plots.STYLES)}
+    rows.sort(key=lambda row: order.get(row.arm.config.method, len(order)))
     return Section(_OTHERS, "Other runs", "", rows, [])
+
+
+def _panel_of(config: Config) -> tuple[str, str]:
+    return config.dataset, config.network
+
+
+def _name(config: Config, among: list[Config]) -> str:
+    """The method, and whatever else tells a config from others of the same method."""
+    alike = [of for of in among if of.method == config.method]
+    differing = [
+        f"{field.name.replace('_', ' ')} {getattr(config, field.name)}"
+        for field in dataclasses.fields(config)
+        if field.name not in ("seed", "out")
+        and any(getattr(of, field.name) != getattr(config, field.name) for of in alike)
+    ]
+    return ", ".join([config.method, *differing])
 
 
 # ------------------------------------------------------------------------------- writing
@@ -254,15 +278,32 @@ def write(paths: Sequence[pathlib.Path], out: pathlib.Path, docs: pathlib.Path |
     (out / "figures").mkdir(parents=True, exist_ok=True)
     inline: dict[str, str] = {}
     for section in sections:
-        for name, figure in _figures(section):
+        for name, figure, panel, rows in _figures(section, runs=True):
             for suffix in ("png", "svg"):
                 plots.save(figure, out / "figures" / f"{name}.{suffix}")
-            inline[f"figures/{name}.png"] = plots.inline_svg(figure, name)
+            inline[name] = plots.inline_svg(figure, name, panel.title, _in_words(rows))
             plt.close(figure)
-    (out / "index.html").write_text(_page(sections, inline))
-    (out / "report.md").write_text(markdown(sections))
+    (out / "index.html").write_text(_page(sections, inline, out))
+    (out / "report.md").write_text(markdown(sections, runs=True))
     if docs is not None:
         _write_docs(sections, docs)
+    return sum(len(section.rows) for section in sections)
+
+
+def redraw(docs: pathlib.Path) -> int:
+    """Makes ``tables.md`` and the figures anew from ``summary.json`` alone.
+
+    Returns:
+        The number of arms.
+
+    Raises:
+        ConfigError: if it is not there.
+    """
+    file = docs / "summary.json"
+    if not file.exists():
+        raise ConfigError(f"there is no {file} to draw from")
+    sections = _completed([], json.loads(file.read_text()))
+    _draw_docs(sections, docs)
     return sum(len(section.rows) for section in sections)
 
 
@@ -270,16 +311,21 @@ def _write_docs(sections: list[Section], docs: pathlib.Path) -> None:
     file = docs / "summary.json"
     if file.exists():
         sections = _completed(sections, json.loads(file.read_text()))
+    _draw_docs(sections, docs)
+    write_json(file, summary(sections))
+
+
+def _draw_docs(sections: list[Section], docs: pathlib.Path) -> None:
     for section in sections:
-        for name, figure in _figures(section):
+        for name, figure, *_ in _figures(section, runs=False):
             plots.save(figure, docs / "figures" / f"{name}.png")
             plt.close(figure)
-    write_json(file, summary(sections))
-    (docs / "tables.md").write_text(markdown(sections))
+    (docs / "tables.md").write_text(markdown(sections, runs=False))
 
 
 def _summary_key(section: str, arm: Arm) -> str:
-    return f"{section.removesuffix('-laptop')}/{arm.label}"
+    of = f"{arm.panel.title}, " if section == _OTHERS else ""  # whose labels are not unique
+    return f"{section.removesuffix('-laptop')}/{of}{arm.label}"
 
 
 def summary(sections: list[Section]) -> dict[str, Any]:
@@ -298,10 +344,10 @@ def summary(sections: list[Section]) -> dict[str, Any]:
     }
 
 
-def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
-    """Those of panels with runs at hand, by name."""
+def _figures(section: Section, *, runs: bool) -> Iterable[tuple[str, Figure, Panel, list[Row]]]:
+    """Those of the panels, by name; with `runs` also the curves behind them."""
     for number, (panel, rows) in enumerate(section.panels().items(), 1):
-        if not _can_be_drawn(rows) or not any(row.curves for row in rows):
+        if not _is_drawn(rows, runs):
             continue
         drawn = [{**row.figures, "x": row.arm.x, "paper": row.arm.paper} for row in rows]
         if panel.x is not None and len({row.arm.x for row in rows}) > 1:
@@ -316,10 +362,33 @@ def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
             figure = plots.draw_rows(
                 f"{panel.title}{at}",
                 {row.arm.series: figures for row, figures in zip(rows, drawn, strict=True)},
-                {row.arm.series: row.curves for row in rows},
+                {row.arm.series: row.curves if runs else [] for row in rows},
                 section.papers_data,
             )
-        yield f"{section.key}-{number}", figure
+        yield _figure_name(section, number), figure, panel, rows
+
+
+def _figure_name(section: Section, number: int) -> str:
+    return f"{section.key}-{number}"
+
+
+def _is_drawn(rows: list[Row], runs: bool) -> bool:
+    """Whether there is more to see than a table of two lines says."""
+    return _can_be_drawn(rows) and (len(rows) > 2 or (runs and any(row.curves for row in rows)))
+
+
+def _in_words(rows: list[Row]) -> str:
+    """What a figure shows, for those who do not see it; of a curve, its ends."""
+    said = []
+    for series, group in itertools.groupby(rows, key=lambda row: row.arm.series):
+        points = sorted(group, key=lambda row: row.arm.x or 0)
+        ends = points if len(points) == 1 else [points[0], points[-1]]
+        figures = (
+            _mean(row, "test_last") + ("" if row.arm.x is None else f" at {row.arm.x:g}")
+            for row in ends
+        )
+        said.append(f"{plots.style(series)[0]} {' to '.join(figures)}")
+    return f"Test accuracy after the last epoch, %: {'; '.join(said)}."
 
 
 def _can_be_drawn(rows: list[Row]) -> bool:
@@ -339,7 +408,7 @@ def _mean(row: Row, name: str, form: str = ".1f") -> str:
     return "" if mean is None else f"{mean:{form}}"
 
 
-def _cells(row: Row) -> dict[str, str]:
+def _cells(row: Row, out: pathlib.Path | None) -> dict[str, str]:
     """Heading -> cell."""
     figures, paper = row.figures, row.arm.paper
     gap = ""
@@ -362,6 +431,7 @@ def _cells(row: Row) -> dict[str, str]:
         "visits": f"{figures['visits']:,}",
         "seconds": _mean(row, "seconds", ".0f"),
         "MB": _mean(row, "memory_mb", ",.0f"),
+        "suspects": "" if out is None else _suspects(row, out),
     }
 
 
@@ -369,9 +439,9 @@ Table = tuple[list[str], list[list[str]]]
 """Headings and cells, in Markdown."""
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[Row], out: pathlib.Path | None) -> Table:
     """All figures; columns that are empty throughout are left out."""
-    cells = [_cells(row) for row in rows]
+    cells = [_cells(row, out) for row in rows]
     headings = [name for name in cells[0] if any(row[name] for row in cells)]
     return headings, [[row[name] for name in headings] for row in cells]
 
@@ -414,37 +484,59 @@ _LEGEND = (
 )
 
 
-def markdown(sections: list[Section]) -> str:
-    """Headings, figures (in the folder ``figures``) and tables."""
+def markdown(sections: list[Section], *, runs: bool) -> str:
+    """Headings, figures (in the folder ``figures``, as `_figures` makes them) and tables."""
     parts = [_LEGEND]
     for section in sections:
-        parts += [f"## {section.title}", *_of_section(section)]
+        parts += [f"## {section.title}"]
+        if section.note:
+            parts.append(section.note)
+        for number, (panel, rows) in enumerate(section.panels().items(), 1):
+            parts.append(f"### {panel.title}")
+            if _is_drawn(rows, runs):
+                words = f"{panel.title}. {_in_words(rows)}".replace("[", "(").replace("]", ")")
+                parts.append(f"![{words}](figures/{_figure_name(section, number)}.png)")
+            parts += _of_panel(panel, rows)
     return "\n\n".join(parts) + "\n"
 
 
-def _of_section(section: Section, *, runs: bool = False) -> Iterable[str]:
-    """Blocks of Markdown; with `runs` also the command of one run of each arm."""
-    if section.note:
-        yield section.note
-    for number, (panel, rows) in enumerate(section.panels().items(), 1):
-        yield f"### {panel.title}"
-        if _can_be_drawn(rows):
-            yield f"![{panel.title}](figures/{section.key}-{number}.png)"
-        every, summary = _table(rows), _summary_table(panel, rows)
-        if summary is None:
-            yield _markdown_table(every)
-        else:
-            yield _SUMMARY
-            yield _markdown_table(summary)
-            yield from _details(_ALL, _markdown_table(every))
-        commands = [row.command for row in rows]
-        commands += [row.run_command for row in rows if runs and row.run_command]
-        yield from _details(_COMMANDS, "\n".join(["```text", *dict.fromkeys(commands), "```"]))
+def _of_panel(panel: Panel, rows: list[Row], out: pathlib.Path | None = None) -> Iterable[str]:
+    """Tables and commands, in Markdown.
+
+    Args:
+        panel: what the rows are shown in.
+        rows: the rows.
+        out: the folder of a page whose reader has the runs: it gets the command of a run of each
+            arm as well, and links to the runs' pages of suspects.
+    """
+    every, summary = _table(rows, out), _summary_table(panel, rows)
+    if summary is None:
+        yield _markdown_table(every)
+    else:
+        yield _SUMMARY
+        yield _markdown_table(summary)
+        yield from _details(_ALL, _markdown_table(every))
+    commands = [row.command for row in rows]
+    if out is not None:
+        commands += [row.run_command for row in rows if row.run_command]
+    text = "\n".join(["```text", *dict.fromkeys(commands), "```"])
+    yield from _details(_COMMANDS, text, shown=out is not None)
 
 
-def _details(summary: str, content: str) -> Iterable[str]:
-    """Something that unfolds."""
-    yield f"<details><summary>{summary}</summary>"
+def _suspects(row: Row, out: pathlib.Path) -> str:
+    """Links to the pages of suspects that the runs have, by seed."""
+    pages = {seed: run / "suspects.html" for seed, run in row.runs.items()}
+    links = {
+        seed: urllib.parse.quote(pathlib.Path(os.path.relpath(page, out)).as_posix())
+        for seed, page in pages.items()
+        if page.exists()
+    }
+    return " ".join(f"[seed {seed}]({link})" for seed, link in links.items())
+
+
+def _details(summary: str, content: str, *, shown: bool = False) -> Iterable[str]:
+    """Something that unfolds, or folds."""
+    yield f"<details{' open' if shown else ''}><summary>{summary}</summary>"
     yield content
     yield "</details>"
 
@@ -470,22 +562,26 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
 nav a { display: inline-block; margin-right: 1rem } a { color: inherit }
 figure { margin: 0; padding: .5rem; background: var(--card); border-radius: .5rem;
   max-width: 34rem }
+.panel > div { min-width: 0 }
+@media (min-width: 64rem) { .panel { display: grid; gap: 0 2rem; align-items: start;
+  grid-template-columns: minmax(20rem, 34rem) minmax(0, 1fr) }
+  .panel > div:only-child { grid-column: 1 / -1 } }
 svg { display: block; width: 100%; height: auto; font-family: system-ui, sans-serif }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
 th, td { padding: .2rem .45rem; white-space: nowrap;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
 th { color: var(--soft); font-weight: 500 } th:first-child, td:first-child { text-align: left;
   position: sticky; left: 0; background: var(--paper) }
-pre { overflow-x: auto; padding: .6rem; background: var(--card); border-radius: .5rem;
-  font-size: .8rem } .about { white-space: pre-wrap }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .6rem; background: var(--card);
+  border-radius: .5rem; font-size: .8rem }
 @media (max-width: 30rem) {
   th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7rem } }
 summary { cursor: pointer; margin: .6rem 0 } .soft { color: var(--soft) }
 """
 
 
-def _page(sections: list[Section], figures: dict[str, str]) -> str:
-    """The same Markdown as HTML, with the figures in it."""
+def _page(sections: list[Section], figures: dict[str, str], out: pathlib.Path) -> str:
+    """The same as HTML, a panel's figure beside its tables; `figures` has the ``<svg>`` by name."""
     body = [
         "<h1>Deep Bilevel Learning: runs</h1>",
         f'<p class="soft">{html.escape(_LEGEND)}</p>',
@@ -494,12 +590,20 @@ def _page(sections: list[Section], figures: dict[str, str]) -> str:
         "</nav>",
     ]
     for section in sections:
-        text = "\n\n".join(_of_section(section, runs=True))
         body.append(f'<section id="{section.key}"><h2>{html.escape(section.title)}</h2>')
-        body.append(_as_html(text, figures))
+        body.append(f"<p>{html.escape(section.note)}</p>" if section.note else "")
+        for number, (panel, rows) in enumerate(section.panels().items(), 1):
+            svg = figures.get(_figure_name(section, number))
+            tables = "\n\n".join(_of_panel(panel, rows, out))
+            body += [
+                f'<h3>{html.escape(panel.title)}</h3><div class="panel">',
+                f"<figure>{svg}</figure>" if svg else "",
+                f"<div>{_as_html(tables)}</div>",
+                "</div>",
+            ]
         if section.about:
             body.append("<details><summary>The paper, and what was done here</summary>")
-            body.append(f'<pre class="about">{html.escape(section.about.strip())}</pre></details>')
+            body.append(f"<pre>{html.escape(section.about.strip())}</pre></details>")
         body.append("</section>")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -510,14 +614,9 @@ def _page(sections: list[Section], figures: dict[str, str]) -> str:
     )
 
 
-def _as_html(text: str, figures: dict[str, str]) -> str:
-    """Markdown as HTML; `figures` has the ``<svg>`` of every picture in it, by its file."""
+def _as_html(text: str) -> str:
+    """Markdown as HTML."""
     made = markdown_it.MarkdownIt("commonmark").enable("table")
-
-    def picture(self: Any, tokens: Any, number: int, *_: Any) -> str:
-        return f"<figure>{figures[str(tokens[number].attrs['src'])]}</figure>"
-
-    made.add_render_rule("image", picture)
     # On a telephone a table moves sideways by itself.
     made.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>')
     made.add_render_rule("table_close", lambda *_: "</table></div>")

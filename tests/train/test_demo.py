@@ -107,12 +107,12 @@ def ink(picture, left, right):
     return (part.min(axis=-1) < 0.99).mean()
 
 
-def test_the_picture_has_three_panels_with_something_in_each(done):
+def test_there_are_three_pictures_with_something_in_each(done):
     out, _, _ = done
-    height, width, _ = matplotlib.image.imread(out / "demo.png").shape
-    assert width > height > 300
-    for panel in range(3):
-        assert 0.01 < ink(out / "demo.png", panel / 3, (panel + 1) / 3) < 0.7
+    for name in ("demo", "demo_memorised", "demo_weights"):
+        height, width, _ = matplotlib.image.imread(out / f"{name}.png").shape
+        assert width > height > 300
+        assert 0.01 < ink(out / f"{name}.png", 0, 1) < 0.7
 
 
 def test_a_second_call_trains_nothing(done, monkeypatch):
@@ -197,11 +197,11 @@ def test_a_wrong_choice_is_told_before_anything_is_trained(tmp_path, changes, me
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_method_that_weighs_the_third_panel_is_empty(tmp_path):
+def test_without_a_method_that_weighs_there_is_no_picture_of_weights(tmp_path):
     _, shown = run(tiny_demo(tmp_path, methods=("sgd",), seeds=(0,)))
     assert "± 0.0" in shown
-    assert ink(tmp_path / "demo.png", 0, 1 / 3) > 0.01
-    assert ink(tmp_path / "demo.png", 0.7, 1) == 0
+    assert ink(tmp_path / "demo.png", 0, 1) > 0.01
+    assert not (tmp_path / "demo_weights.png").exists()
 
 
 @pytest.mark.slow

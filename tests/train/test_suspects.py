@@ -3,6 +3,8 @@ import csv
 import dataclasses
 import html.parser
 import io
+import pathlib
+import re
 import shutil
 import warnings
 
@@ -162,6 +164,15 @@ def test_the_page_shows_the_most_suspicious_and_needs_no_other_file(tmp_path):
     assert 'alt="example 101: labelled dog, big, suggested &lt;cat&gt;"' in text
     assert 'alt="example 102: cow"' in text
     assert {tag for tag, attrs in page.elements if "src" in attrs or "href" in attrs} == {"img"}
+
+
+def test_what_to_do_next_trains_by_the_list_that_is_downloaded():
+    config = Config(noise="symmetric", noise_rate=0.3, train_size=320, k=4)
+    again, drop = (command for _, command in suspects.what_next(config, pathlib.Path("runs/a")))
+    assert again.startswith("python -m train run ")
+    assert again.endswith(" --out runs/a-again")
+    assert {"--k 4", "--labels labels.csv"} == set(re.findall(r"--(?!out)\S+ \S+", again))
+    assert drop == "python -m train suspects runs/a --apply drop"
 
 
 def test_large_and_coloured_images_become_small_pictures():
