@@ -222,7 +222,8 @@ def draw_rows(title: str, rows: dict[str, Any], curves: Runs, same_data: bool) -
     beside = bool(printed) and not same_data
     with _neutral():
         height = 1.3 + 0.3 * len(rows)
-        mosaic, heights = [["ours", "paper"] if beside else ["ours"]], [height]
+        mosaic: list[Any] = [["ours", "paper"] if beside else ["ours"]]
+        heights = [height]
         if any(curves.values()):
             mosaic, heights = [*mosaic, ["test"] * len(mosaic[0])], [height, 2.8]
         figure = plt.figure(figsize=(5.2, sum(heights) + 0.6))

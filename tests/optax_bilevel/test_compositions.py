@@ -13,7 +13,6 @@ import optax
 import pytest
 from flax import nnx
 from flax.training import train_state
-from optax.experimental import aggregating
 
 from optax_bilevel import bilevel_multi_steps, bilevel_reweight, bilevel_value_and_grad
 from tests.optax_bilevel import oracle
@@ -362,6 +361,9 @@ def test_bilevel_multi_steps_in_a_chain_and_in_masked():
 @pytest.mark.parametrize("as_aggregator", [False, True])
 def test_aggregating_process(as_aggregator):
     """Clipping per mini-batch before, momentum after."""
+    if not hasattr(optax, "experimental"):
+        pytest.skip("optax < 0.2.7")
+    aggregating = optax.experimental.aggregating
     reweight = bilevel_reweight(num_batches=K)
     if as_aggregator:
         reweight = aggregating.Aggregator(reweight.init, reweight.update)
