@@ -61,8 +61,7 @@ def is_tracked(axis: Any) -> bool:
 
 def varying_axes(x: jax.Array) -> frozenset[Any]:
     """The mapped axes along which `x` is known to differ."""
-    kind: Any = jax.typeof(x)  # jax < 0.10 has it in `vma`
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def same_everywhere(axis_name: AxisName) -> Any:
