@@ -22,7 +22,7 @@ oracle: $(VENV)/.dev
 
 # The library's tests with the lowest jax and optax that pyproject.toml allows.
 lowest: .venv-lowest/.test
-	.venv-lowest/bin/python -m pytest -n 2 tests/optax_bilevel
+	.venv-lowest/bin/python -m pytest -n 2 -W default::DeprecationWarning tests/optax_bilevel
 
 check: $(VENV)/.dev
 	$(PY) -m ruff check .
@@ -64,7 +64,8 @@ LOWEST = $$($(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject
 
 .venv-lowest/.test: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' $(LOWEST)
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
+		flax equinox dm-haiku $(LOWEST)
 	touch $@
 
 # Preparing data sets needs TensorFlow; nothing else does.
