@@ -97,7 +97,7 @@ def draw_demo(runs: Runs, folder: pathlib.Path) -> list[pathlib.Path]:
 def _curves(axes: Any, runs: Runs, name: str, title: str) -> None:
     for method, seeds in runs.items():
         _curve(axes, method, seeds, name, width=2.4 if method == "coherent" else 1.6)
-    axes.set(title=f"{title}, %", xlabel="epoch; in the legend the last one")
+    axes.set(title=f"{title}, %", xlabel="epoch")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, handlelength=2.2)
@@ -119,7 +119,6 @@ def _curve(
     epochs = [entry["epoch"] for entry in seeds[0]]
     values = np.array([[entry[name] for entry in lines] for lines in seeds])
     mean = values.mean(0)
-    label = f"{label}: {mean[-1]:.1f}"
     if not main:
         axes.plot(epochs, mean, color=_OTHER, lw=1, zorder=1)
         return

@@ -4,14 +4,16 @@ import json
 import statistics
 
 import matplotlib.image
+import numpy as np
 import pytest
 from rich.console import Console
 
 from train import __main__ as cli
-from train import demo, trainer
+from train import demo, plots, trainer
 from train.config import Config, ConfigError
 from train.demo import Demo
 from train.run_directory import read_metrics
+from train.sums import OMEGA_BINS, SHARE_BINS
 
 METHODS = ("sgd", "uniform", "bilevel", "bilevel_exact", "coherent")
 TINY = {"train_size": 160, "hidden": (16,), "k": 4, "b": 8, "epochs": 2}
@@ -107,12 +109,24 @@ def ink(picture, left, right):
     return (part.min(axis=-1) < 0.99).mean()
 
 
-def test_there_are_three_pictures_with_something_in_each(done):
+def has_something(picture):
+    height, width, _ = matplotlib.image.imread(picture).shape
+    return width > height > 300 and 0.01 < ink(picture, 0, 1) < 0.7
+
+
+def test_there_are_pictures_with_something_in_each(done):
     out, _, _ = done
-    for name in ("demo", "demo_memorised", "demo_weights"):
-        height, width, _ = matplotlib.image.imread(out / f"{name}.png").shape
-        assert width > height > 300
-        assert 0.01 < ink(out / f"{name}.png", 0, 1) < 0.7
+    assert has_something(out / "demo.png")
+    assert has_something(out / "demo_memorised.png")
+
+
+def test_weights_have_a_picture_where_the_true_labels_are_known(tmp_path):
+    histogram = np.ones((SHARE_BINS, OMEGA_BINS), int).tolist()
+    lines = [{"epoch": 1, "test": 50.0, "train_given": 40.0, "omega_histogram": histogram}]
+    files = plots.draw_demo({"bilevel": [lines], "coherent": [lines]}, tmp_path)
+    names = ["demo.png", "demo_memorised.png", "demo_weights.png"]
+    assert files == [tmp_path / name for name in names]
+    assert all(map(has_something, files))
 
 
 def test_a_second_call_trains_nothing(done, monkeypatch):
