@@ -164,7 +164,7 @@ class Step:
             model = nnx.merge(self.graph, self._everywhere(params), running, copy=True)
             model.train()
             logits = model(images, rngs=nnx.Rngs(dropout_key))
-            return methods.cross_entropy(logits, judges.labels)
+            return self.method.judged_by(logits, judges.labels)
 
         return losses_fn
 

@@ -226,6 +226,16 @@ def test_coherent_has_the_gradient_of_sgd_and_wraps_the_optimizer():
     assert isinstance(results[0][1], optax_bilevel.CoherentStepsState)
 
 
+@pytest.mark.parametrize("method", ["coherent_mixup", "coherent_elr"])
+def test_other_losses_are_judged_by_the_chance_that_a_label_is_missed(method):
+    judged_by = methods.make(config(method), TASK).judged_by
+    assert methods.make(config("coherent"), TASK).judged_by is methods.cross_entropy
+    logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]))
+    np.testing.assert_allclose(judged_by(logits, jnp.array([0, 1])), [0.3, 0.7], rtol=1e-5)
+    several = judged_by(jnp.zeros((2, CLASSES)), jnp.eye(CLASSES)[:2])
+    np.testing.assert_allclose(several, [0.5, 0.5], rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_the_stack_of_convolutions_has_no_grouped_ones():
     def convolve(params, batch, criterion=None):

@@ -137,6 +137,7 @@ class Method:
         optimizer: wraps the run's whole optimizer, learning rate and decay included.
         judges: of how many held-out examples every update is handed the losses, as the argument
             ``losses_fn``, a function of the parameters; 0: it is not.
+        judged_by: ``(logits, labels) -> [n]``, these losses.
         copies: of how many mini-batches, the first ones, every device of a mesh needs the whole.
         by_example: whether it keeps something of every example, and must know which it is given.
     """
@@ -147,5 +148,6 @@ class Method:
     network: Callable[[models.Network], models.Network] = lambda network: network
     optimizer: Callable[[Optimizer], Optimizer] = lambda optimizer: optimizer
     judges: int = 0
+    judged_by: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy
     copies: int = 0
     by_example: bool = False
