@@ -28,6 +28,7 @@ check: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) .ci/check_docs_code.py
 
 docs: $(VENV)/.dev
 	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
