@@ -144,9 +144,7 @@ def measure(case: str, seed: int, data_dir: str | None) -> dict[str, dict[str, f
         }  # fmt: skip
         started = time.process_time()
         network = Network(config, problem)
-        cleaned = CleanLearning(
-            network, seed=seed, find_label_issues_kwargs={"n_jobs": 1}
-        )
+        cleaned = CleanLearning(network, seed=seed, find_label_issues_kwargs={"n_jobs": 1})
         cleaned.fit(positions, given)
         results["cleanlearning"] = {
             "test": network.test_accuracy(), "seconds": time.process_time() - started,
