@@ -368,8 +368,8 @@ def _suspects(args: list[str], console: Console) -> None:
     found = suspects.rank(chosen.run)
     out.mkdir(parents=True, exist_ok=True)
     suspects.write_csv(found, out / "suspects.csv")
-    title = f"{found.description.dataset}: labels that look wrong"
-    commands = suspects.what_next(read_config(chosen.run), chosen.run)
+    config = read_config(chosen.run)
+    title, commands = suspects.title(config), suspects.what_next(config, chosen.run)
     suspects.write_page(found, out / "suspects.html", chosen.count, title, commands)
     if chosen.apply is None:
         above = int((found.means.score > 0).sum())

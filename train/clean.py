@@ -292,7 +292,7 @@ def _rank(clean: Clean, console: Console) -> dict[str, Any]:
         return json.loads(marker.read_text())
     found = suspects.rank(out / FIRST)
     suspects.write_csv(found, out / TABLE)
-    title = f"{found.description.dataset}: labels that look wrong"
+    title = suspects.title(_config(clean))
     place = f"Put the list that you download here in the place of {out / LABELS}, then train by it:"
     suspects.write_page(found, out / PAGE, _PICTURES_SHOWN, title, [(place, _command(clean))])
     dataset = problem.load_dataset(open_run(out / FIRST).config)

@@ -128,9 +128,12 @@ def describe(problem: trainer.Problem, config: Config, console: Console) -> None
         share = 100 * (given != true).mean()
         wrong = f", {share:.1f}% of the labels wrong ({config.noise})"
     steps = problem.order.steps_per_epoch
+    batches = f"k = {config.k} mini-batches of {config.b}"
+    if config.order == "random":
+        batches = f"batches of {config.k * config.b}"
     console.print(
         f"{dataset.name}: {counts} and {test} images of {dataset.num_classes} classes{wrong}; "
-        f"k = {config.k} mini-batches of {config.b}, {config.epochs} epochs of {steps} steps"
+        f"{batches}, {config.epochs} epochs of {steps} steps"
     )
     if config.network == AUTO:
         side = "×".join(map(str, dataset.image_shape[:2]))

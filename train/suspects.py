@@ -180,6 +180,14 @@ def write_csv(suspects: Suspects, file: pathlib.Path) -> None:
             )
 
 
+def title(config: Config) -> str:
+    """Heads the page of a run: the data set, or the folder by its own name."""
+    name = config.dataset
+    if name == "folder" and config.data_dir is not None:
+        name = pathlib.Path(config.data_dir).resolve().name
+    return f"{name}: labels that look wrong"
+
+
 def what_next(config: Config, directory: pathlib.Path) -> list[tuple[str, str]]:
     """What to do with a ranking of a run: words and commands, for `write_page`."""
     listed = dataclasses.replace(config, labels="labels.csv", train_size=None, noise="none")

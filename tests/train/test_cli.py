@@ -185,7 +185,7 @@ def test_a_run_says_what_it_does_and_prints_its_result(tmp_path, capsys):
     wrong = f"{100 * (given != true).mean():.1f}% of the labels wrong (symmetric)"
     about = json.loads((tmp_path / "data.json").read_text())
     counts = f"{len(about['train'])} training, {len(about['held_out'])} held-out and 597 test"
-    assert f"digits: {counts} images of 10 classes, {wrong}; k = 4 mini-batches of 8" in shown
+    assert f"digits: {counts} images of 10 classes, {wrong}; batches of 32, " in shown
     assert "2 epochs of 4 steps" in shown
     assert f"network mlp, chosen for {len(about['train'])} images of 8×8 pixels; --network" in shown
     assert "coherent: one gradient over all examples of the step, steps of sgd judged" in shown

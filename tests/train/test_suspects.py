@@ -175,6 +175,12 @@ def test_what_to_do_next_trains_by_the_list_that_is_downloaded():
     assert drop == "python -m train suspects runs/a --apply drop"
 
 
+def test_the_page_is_headed_by_the_folders_name(tmp_path):
+    config = Config(dataset="folder", data_dir=str(tmp_path / "birds" / "." / ""))
+    assert suspects.title(config) == "birds: labels that look wrong"
+    assert suspects.title(Config(dataset="digits")) == "digits: labels that look wrong"
+
+
 def test_large_and_coloured_images_become_small_pictures():
     pixels = np.zeros((400, 300, 3), np.uint8)
     pixels[..., 0] = 200
