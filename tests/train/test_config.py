@@ -88,8 +88,8 @@ def test_noise_may_be_a_file():
         ({"elr_lambda": -1.0}, "elr_lambda must be at least 0, got -1.0"),
         (
             {"method": "coherent_elr", "held_out": 0.0},
-            "method coherent_elr judges its steps by a held-out part of the data: give held_out 0.1 "
-            "or another share, or take another method",
+            "method coherent_elr judges its steps by a held-out part of the data: give held_out "
+            "0.1 or another share, or take another method",
         ),
         ({"dropout_rate": 1.0}, "dropout_rate must be from 0 to below 1, got 1.0"),
         ({"hidden": (16, 0)}, "hidden must be widths of at least 1, got (16, 0)"),
