@@ -129,6 +129,11 @@ def test_the_tables_of_practice(tmp_path):
     assert row["seeds"] == [0, 1]
     assert row["command"].endswith("--only fashion-noise50-sgd_random --seeds 0 1")
     assert practice.gains(table, "coherent", "sgd_random") == [78.0 - 73.0]
+    shown = practice.overview(table, {"fashion-noise50": "50% wrong"}).splitlines()
+    assert shown[0] == "| | 50% wrong |"
+    assert shown[2:] == [
+        "| SGD, random batches | 71.0 (73.0) |", "| coherent steps | 78.0 (**80.0**) |",
+    ]  # fmt: skip
     lines = practice.markdown(table).splitlines()
     assert lines[0] == "### Fashion-MNIST, 4,000 images, MLP, 50% wrong"
     assert lines[-1] == (

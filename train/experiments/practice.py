@@ -184,6 +184,16 @@ EXPERIMENT = Experiment(
 
 # ------------------------------------------------------------------------------- the tables
 
+_SHOWN = {
+    "fashion-noise0": "clean",
+    "fashion-noise20": "20% wrong",
+    "fashion-noise50": "50% wrong",
+    "fashion-noise80": "80% wrong",
+    "fashion-pair40": "40% one class further",
+    "fashion-network40": "40% by a network",
+}
+"""Columns of the overview."""
+
 FIGURES = {
     "last": "test_last",
     "stopped": "stopped",
@@ -220,8 +230,6 @@ def collect(root: pathlib.Path, scale: Scale = "laptop") -> dict[str, Any]:
 
 def markdown(table: dict[str, Any]) -> str:
     """A table for every case; test accuracy in percent, the highest last and stopped in bold."""
-    from train.plots import STYLES
-
     cases: dict[str, dict[str, Any]] = {}
     for name, row in table.items():
         case, method = name.split("/")
@@ -244,11 +252,51 @@ def markdown(table: dict[str, Any]) -> str:
                 cell = f"{mean:.1f} ± {row[name]['std']:.1f}" if several else f"{mean:.1f}"
                 cells.append(f"**{cell}**" if mean == top.get(name) else cell)
             cells.append(f"{row['seconds']['mean'] / base:.1f}" if base else "")
-            label = STYLES.get(method, (method,))[0]
-            label = "bilevel, k = 32" if method == "bilevel_k32" else label
-            lines.append(f"| {label} | {' | '.join(cells)} | {len(row['seeds'])} |")
+            lines.append(f"| {label(method)} | {' | '.join(cells)} | {len(row['seeds'])} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def overview(table: dict[str, Any], cases: dict[str, str]) -> str:
+    """Test accuracy of some cases in one table, "last epoch (stopped)"; the highest in bold.
+
+    Args:
+        table: as `collect` gives it.
+        cases: CASE -> heading of its column.
+    """
+    methods = [m for m in METHODS if any(f"{case}/{m}" in table for case in cases)]
+    top = {
+        case: max(
+            table[f"{case}/{m}"][x]["mean"]
+            for m in methods
+            if f"{case}/{m}" in table
+            for x in ("last", "stopped")
+        )
+        for case in cases
+    }
+
+    def cell(case: str, method: str) -> str:
+        row = table.get(f"{case}/{method}")
+        if row is None:
+            return ""
+        last, stopped = (
+            f"**{row[x]['mean']:.1f}**" if row[x]["mean"] == top[case] else f"{row[x]['mean']:.1f}"
+            for x in ("last", "stopped")
+        )
+        return f"{last} ({stopped})"
+
+    lines = [f"| | {' | '.join(cases.values())} |", "|---" * (1 + len(cases)) + "|"]
+    for method in methods:
+        cells = " | ".join(cell(case, method) for case in cases)
+        lines.append(f"| {label(method)} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def label(method: str) -> str:
+    """What tables call a method."""
+    from train.plots import STYLES
+
+    return "bilevel, k = 32" if method == "bilevel_k32" else STYLES.get(method, (method,))[0]
 
 
 def gains(table: dict[str, Any], method: str, rival: str, column: str = "stopped") -> list[float]:
@@ -268,6 +316,8 @@ def main(out: pathlib.Path = pathlib.Path("docs/results")) -> None:
     table = collect(runner.ROOT)
     (out / "practice.json").write_text(json.dumps(table, indent=1) + "\n")
     (out / "practice.md").write_text(markdown(table))
+    shown = {case: words for case, words in _SHOWN.items() if f"{case}/coherent" in table}
+    (out / "practice_overview.md").write_text(overview(table, shown))
     if each := gains(table, "coherent", "sgd_random"):
         print(f"coherent, last, over SGD, stopped: {statistics.fmean(each):+.1f} in the mean")
 
