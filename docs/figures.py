@@ -66,6 +66,31 @@ def results() -> None:
     _of_arms(page[page.index("## The paper's rule") :])
 
 
+def practice() -> None:
+    """What the page of results says of ELR and the others, and of CleanLearning."""
+    page, figures, cases = _page("results.md"), {}, []
+    for name, row in _load("practice.json").items():
+        case, method = name.split("/")
+        figures.setdefault(case, {})[method] = {x: row[x]["mean"] for x in ("last", "stopped")}
+    clean = figures.pop("fashion-noise0")
+    cases = list(figures.values())
+    gains = [case["coherent"]["last"] - case["sgd_random"]["stopped"] for case in cases]
+    count = f"{sum(gain >= 0 for gain in gains)} of {len(gains)} cases"
+    _states(page, f"alone above SGD stopped in time in {count}")
+    _states(page, f"end {statistics.mean(gains):.1f} points above SGD stopped in time in the mean")
+    _states(page, f"they end up to {-min(gains):.1f} below")
+    first = sum(max(case, key=lambda m: max(case[m].values())) == "coherent_elr" for case in cases)
+    _states(page, f"with ELR first of all in {first} of {len(cases)}")
+    _states(page, f"are first in {first} of {len(cases)} noisy cases")
+    last = [round(clean[method]["last"], 1) for method in ("coherent", "sgd_random")]
+    _states(page, f"{last[0]} stand beside {last[1]}")
+    rows = _load("cleaning.json").values()
+    better = sum(
+        row["clean"]["test"]["mean"] >= row["cleanlearning"]["test"]["mean"] for row in rows
+    )
+    _states(page, f"| in part | in {better} of {len(rows)} cases |")
+
+
 def paper() -> None:
     """What the appendix says of the paper's rule."""
     _of_arms(_page("appendix_paper.md"))
