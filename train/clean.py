@@ -116,11 +116,12 @@ def run(clean: Clean, console: Console) -> dict[str, Any]:
             f"--out {out} lies in {clean.folder}, where nothing is changed: give a folder elsewhere"
         )
     with _held(out):
-        _check_choices(clean)
+        choices = _check_choices(clean)
         with reading(console) as on_file:
             problem.load_dataset(_config(clean), on_file)
         config = _sized(_config(clean), clean.epochs)
         first = trainer.load_problem(config)
+        write_json(out / CHOICES, choices)  # now that the pictures can be read
         demo.describe(first, config, console)
         _forget_if_changed(out, first, console)
         _train(FIRST, config, first, clean, console)
@@ -338,8 +339,8 @@ def _held(out: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _check_choices(clean: Clean) -> None:
-    """Notes the options; other ones than before are refused, but for the places."""
+def _check_choices(clean: Clean) -> dict[str, Any]:
+    """The options, but for the places; other ones than the folder was begun with are refused."""
     file = clean.out / CHOICES
     choices = {
         name: value
@@ -353,7 +354,7 @@ def _check_choices(clean: Clean) -> None:
                 f"{clean.out} was begun with {name} = {before.get(name)!r}, and here it is "
                 f"{value!r}; take another folder, or delete this one"
             )
-    write_json(file, choices)
+    return choices
 
 
 def _changes(directory: pathlib.Path, now: trainer.Problem) -> list[str]:

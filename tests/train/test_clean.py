@@ -267,6 +267,20 @@ def test_other_choices_are_refused(root, capsys):
     assert (root / "out" / "summary.json").exists()
 
 
+def test_what_could_not_be_read_does_not_fix_the_choices(root, monkeypatch, capsys):
+    """The remedy that the error names is taken in the same folder."""
+    (root / "mine" / CATS / "broken.png").write_bytes(b"\x89PNG")
+    options = ("--out", root / "new", "--network", "mlp", "--epochs", 1)
+    call = ["clean", root / "mine", *options]
+    assert cli.main([*map(str, call)]) == 2
+    assert "--bad-files skip goes on without" in capsys.readouterr().err
+    assert not (root / "new" / "choices.json").exists()
+
+    monkeypatch.setattr(clean, "_train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main([*map(str, call), "--bad-files", "skip"]) == 130
+    assert (root / "new" / "choices.json").exists()
+
+
 def test_it_goes_on_in_another_place(root, capsys):
     """Folders may move: neither is changed data."""
     elsewhere = root / "elsewhere"
