@@ -374,7 +374,11 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(once, tmp_path):
     assert kills == 20
     for name in ("labels.csv", "suspects.csv", "suspects.html", "summary.json",
                  "model/model.safetensors"):  # fmt: skip
-        assert (tmp_path / "out" / name).read_bytes() == (once / "out" / name).read_bytes(), name
+        killed, whole = ((root / "out" / name).read_bytes() for root in (tmp_path, once))
+        if name == "suspects.html":  # it says the command, whose places and pauses are others
+            whole = whole.replace(f"{once}/".encode(), b"")
+            killed = killed.replace(b" --checkpoint-seconds 0.0", b"")
+        assert killed == whole, name
 
 
 def test_out_that_is_a_file(root, tmp_path):
