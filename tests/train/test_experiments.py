@@ -135,7 +135,7 @@ def test_the_tables_of_practice(tmp_path):
         "| SGD, random batches | 71.0 (73.0) |", "| coherent steps | 78.0 (**80.0**) |",
     ]  # fmt: skip
     lines = practice.markdown(table).splitlines()
-    assert lines[0] == "### Fashion-MNIST, 4,000 images, MLP, 50% wrong"
+    assert lines[0] == "## Fashion-MNIST, 4,000 images, MLP, 50% wrong"
     assert lines[-1] == (
         "| coherent steps | **78.0 ± 0.0** | **80.0 ± 0.0** | 83.0 ± 0.0 | 48.0 ± 0.0 | 1.6 | 2 |"
     )

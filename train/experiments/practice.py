@@ -237,7 +237,7 @@ def markdown(table: dict[str, Any]) -> str:
     lines = []
     for rows in cases.values():
         lines += [
-            f"### {next(iter(rows.values()))['title']}",
+            f"## {next(iter(rows.values()))['title']}",
             "",
             "| method | last epoch | stopped | best epoch | given labels fitted | seconds of SGD's "
             "| seeds |",
