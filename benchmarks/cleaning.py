@@ -19,25 +19,25 @@ import tempfile
 import time
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import tyro
 from PIL import Image
 from rich.console import Console
 from sklearn.base import BaseEstimator, ClassifierMixin
 
-from train import clean, data, noise, sampler, trainer
+from benchmarks import suspects
+from train import arms, clean, data, noise, sampler, trainer
 from train import problem as load
 from train.config import Config
 
 CASES = {
-    f"{dataset}, {words}": (dataset, kind, rate)
-    for dataset in ("digits", "fashion_mnist")
-    for words, kind, rate in (
-        ("symmetric 20%", "symmetric", 0.2),
-        ("symmetric 50%", "symmetric", 0.5),
-        ("pair flip 20%", "pair_flip", 0.2),
+    f"{dataset}, {name.rpartition('_')[0].replace('_', ' ')} {noise['noise_rate']:.0%}": (
+        dataset,
+        noise["noise"],
+        noise["noise_rate"],
     )
+    for dataset in suspects.DATA
+    for name, noise in suspects.NOISE.items()
 }
 SIZES = {"digits": (1200, 597), "fashion_mnist": (4000, 2000)}  # training, test
 METHODS = ("plain", "clean", "cleanlearning")
@@ -65,23 +65,12 @@ class Network(BaseEstimator, ClassifierMixin):
 
     def fit(self, X: np.ndarray, y: np.ndarray) -> "Network":
         """Trains a fresh network on the pictures at X with labels y, int [n]."""
-        config, problem, kept = self.config, self.problem, np.ravel(X)
-        part = dataclasses.replace(problem.dataset.train.take(kept), labels=y.astype(np.int32))
-        part_problem = dataclasses.replace(
-            problem,
-            dataset=dataclasses.replace(problem.dataset, train=part),
-            order=sampler.random(len(kept), config.k, config.b, seed=config.seed),
-            examples=problem.examples[kept],
-            names=tuple(problem.names[i] for i in kept),
-        )
-        self.program = trainer.build_program(config, part_problem)
-        state = self.program.init(jax.random.key(config.seed))
-        steps = config.epochs * part_problem.order.steps_per_epoch
-        batches = trainer.feed(self.program, part_problem, 0, steps)
-        for _ in range(steps):
-            state, _ = trainer.advance(self.program, batches, state, jax.random.key(1))
-        self.state = state
-        self.classes_ = np.arange(problem.dataset.num_classes)
+        config, kept = self.config, np.ravel(X)
+        order = sampler.random(len(kept), config.k, config.b, seed=config.seed)
+        each = suspects.trainings(config, self.problem, kept, y.astype(np.int32), order)
+        for self.program, self.state in each:
+            pass
+        self.classes_ = np.arange(self.problem.dataset.num_classes)
         return self
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
@@ -90,8 +79,7 @@ class Network(BaseEstimator, ClassifierMixin):
 
     def probabilities(self, split: data.Split) -> np.ndarray:
         """Probabilities [n, classes]."""
-        p = np.exp(trainer.predict(self.program, self.state, split).astype(np.float64))
-        return p / p.sum(axis=1, keepdims=True)
+        return suspects.probabilities(self.program, self.state, split)
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         """The likeliest class, int [n]."""
@@ -186,12 +174,7 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     for case, row in table.items():
         tests = {method: row[method]["test"] for method in METHODS}
-        cells = {
-            method: f"{x['mean']:.1f} ± {x['std']:.1f}"
-            if len(row["seeds"]) > 1
-            else f"{x['mean']:.1f}"
-            for method, x in tests.items()
-        }
+        cells = {method: arms.cell(x, len(row["seeds"])) for method, x in tests.items()}
         better = max(("clean", "cleanlearning"), key=lambda method: tests[method]["mean"])
         cells[better] = f"**{cells[better]}**"
         takes = [f"{row[m]['seconds']['mean']:.1f} trainings" for m in METHODS[1:]]

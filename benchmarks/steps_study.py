@@ -30,7 +30,7 @@ from rich.console import Console
 
 import models
 import optax_bilevel
-from train import data, noise
+from train import arms, data, noise
 
 BATCH, HELD_OUT = 64, 16
 TEST = {"mlp": 4000}  # test images; 2000 of other networks, which take longer
@@ -317,8 +317,7 @@ def markdown(table: dict[str, Any]) -> str:
     ]
 
     def cell(figures: dict[str, Any], name: str) -> str:
-        mean, std = figures[name]["mean"], figures[name]["std"]
-        return f"{mean:.1f} ± {std:.1f}" if figures["seeds"] > 1 else f"{mean:.1f}"
+        return arms.cell(figures[name], figures["seeds"])
 
     for name, row in table.items():
         if {"plain", "coherent"} <= set(row):

@@ -21,6 +21,7 @@ the ROC curve and the precision at the true number of flips:
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import jax
@@ -28,9 +29,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from train import sampler, suspects, trainer
+from train import data, sampler, suspects, trainer
 from train.config import Config
 from train.demo import Demo
+from train.program import Program
 from train.run_directory import environment, write_json
 
 FOLDS = 5
@@ -68,6 +70,49 @@ def quality(order: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
     }
 
 
+def trainings(
+    config: Config,
+    problem: trainer.Problem,
+    kept: np.ndarray,
+    labels: np.ndarray,
+    order: sampler.Sampler,
+) -> Iterator[tuple[Program, Any]]:
+    """Trains a fresh network on a part of a problem.
+
+    Args:
+        config: of the training; nothing is held out.
+        problem: whose training split the part is of.
+        kept: positions of the part, int [m].
+        labels: to train on, int [m].
+        order: of the part.
+
+    Yields:
+        The program and its state after every epoch.
+    """
+    train = dataclasses.replace(problem.dataset.train.take(kept), labels=labels)
+    smaller = dataclasses.replace(
+        problem,
+        dataset=dataclasses.replace(problem.dataset, train=train),
+        true=None if problem.true is None else problem.true[kept],
+        order=order,
+        examples=problem.examples[kept],
+        names=tuple(problem.names[i] for i in kept),
+    )
+    program = trainer.build_program(config, smaller)
+    state = program.init(jax.random.key(config.seed))
+    batches = trainer.feed(program, smaller, 0, config.epochs * order.steps_per_epoch)
+    for _ in range(config.epochs):
+        for _ in range(order.steps_per_epoch):
+            state, _ = trainer.advance(program, batches, state, jax.random.key(1))
+        yield program, state
+
+
+def probabilities(program: Program, state: Any, split: data.Split) -> np.ndarray:
+    """What a network makes of images, float64 [n, classes]."""
+    p = np.exp(trainer.predict(program, state, split).astype(np.float64))
+    return p / p.sum(axis=1, keepdims=True)
+
+
 def cross_validated(config: Config) -> tuple[dict[int, np.ndarray], np.ndarray, np.ndarray]:
     """Predictions for every example by a network that has not seen it.
 
@@ -88,26 +133,12 @@ def cross_validated(config: Config) -> tuple[dict[int, np.ndarray], np.ndarray, 
     chances = {epoch: np.zeros((len(train), problem.dataset.num_classes)) for epoch in stops}
     for fold in range(FOLDS):
         kept, left_out = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        part = train.take(kept)
-        smaller = dataclasses.replace(
-            problem,
-            dataset=dataclasses.replace(problem.dataset, train=part),
-            true=true[kept],
-            order=sampler.stratified(part.labels, config.k, config.b, seed=config.seed),
-            examples=problem.examples[kept],
-            names=tuple(problem.names[i] for i in kept),
-        )
-        program = trainer.build_program(config, smaller)
-        state = program.init(jax.random.key(config.seed))
-        steps = config.epochs * smaller.order.steps_per_epoch
-        batches = trainer.feed(program, smaller, 0, steps)
-        for step in range(1, steps + 1):
-            state, _ = trainer.advance(program, batches, state, jax.random.key(1))
-            epoch, rest = divmod(step, smaller.order.steps_per_epoch)
-            if epoch in stops and not rest:
-                scores = trainer.predict(program, state, train.take(left_out))
-                chances[epoch][left_out] = np.exp(scores.astype(np.float64))
-    chances = {epoch: p / p.sum(axis=1, keepdims=True) for epoch, p in chances.items()}
+        labels = train.labels[kept]
+        order = sampler.stratified(labels, config.k, config.b, seed=config.seed)
+        each = trainings(config, problem, kept, labels, order)
+        for epoch, (program, state) in enumerate(each, 1):
+            if epoch in stops:
+                chances[epoch][left_out] = probabilities(program, state, train.take(left_out))
     return chances, train.labels, true
 
 

@@ -68,13 +68,15 @@ def results() -> None:
 
 def practice() -> None:
     """What the page of results says of ELR and the others, and of CleanLearning."""
-    page, figures, cases = _page("results.md"), {}, []
-    for name, row in _load("practice.json").items():
+    from train.experiments import practice as study
+
+    page, table, figures = _page("results.md"), _load("practice.json"), {}
+    for name, row in table.items():
         case, method = name.split("/")
         figures.setdefault(case, {})[method] = {x: row[x]["mean"] for x in ("last", "stopped")}
     clean = figures.pop("fashion-noise0")
     cases = list(figures.values())
-    gains = [case["coherent"]["last"] - case["sgd_random"]["stopped"] for case in cases]
+    gains = study.gains(table, "coherent", "sgd_random")
     count = f"{sum(gain >= 0 for gain in gains)} of {len(gains)} cases"
     _states(page, f"alone above SGD stopped in time in {count}")
     _states(page, f"end {statistics.mean(gains):.1f} points above SGD stopped in time in the mean")

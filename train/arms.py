@@ -138,6 +138,12 @@ def with_deviation(row: Mapping[str, Any], name: str) -> str:
     return f"{row[f'{name}_mean']:.1f} ± {row[f'{name}_std']:.1f}"
 
 
+def cell(figure: Mapping[str, float], seeds: int) -> str:
+    """``{mean, std}`` of a figure for a table; the deviation is of several seeds alone."""
+    mean, deviation = figure["mean"], figure["std"]
+    return f"{mean:.1f} ± {deviation:.1f}" if seeds > 1 else f"{mean:.1f}"
+
+
 def outcome(directory: pathlib.Path) -> Outcome | None:
     """What is known of a run that may be finished; None where it is not."""
     result = read_result(directory)

@@ -26,7 +26,7 @@ import tyro
 from rich.console import Console
 
 from train import augment, correct, demo, export, problem, suspects, trainer
-from train.config import AUTO, Config, ConfigError
+from train.config import AUTO, Config, ConfigError, flags
 from train.description import Description, NoDescriptionError
 from train.files import write_json
 from train.progress import Display, reading
@@ -117,9 +117,10 @@ def run(clean: Clean, console: Console) -> dict[str, Any]:
         )
     with _held(out):
         choices = _check_choices(clean)
+        config = _config(clean)
         with reading(console) as on_file:
-            problem.load_dataset(_config(clean), on_file)
-        config = _sized(_config(clean), clean.epochs)
+            problem.load_dataset(config, on_file)
+        config = _sized(config, clean.epochs)
         first = trainer.load_problem(config)
         write_json(out / CHOICES, choices)  # now that the pictures can be read
         demo.describe(first, config, console)
@@ -314,11 +315,7 @@ def _rank(clean: Clean, console: Console) -> dict[str, Any]:
 
 def _command(clean: Clean) -> str:
     words = ["python", "-m", "train", "clean", str(clean.folder), "--out", str(clean.out)]
-    for field in dataclasses.fields(clean):
-        value = getattr(clean, field.name)
-        if field.name not in ("folder", "out") and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
+    return shlex.join([*words, *flags(clean)])
 
 
 # --------------------------------------------------------------------- what was done before

@@ -20,10 +20,6 @@ class ConfigError(ValueError):
     """A choice that does not exist or does not fit the others; the message lists the right ones."""
 
 
-# Methods that could take validation mini-batches to be theirs.
-_ALL_TRAIN = ("coherent", "coherent_mixup", "coherent_elr")
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The choices of one run. Two runs of the same config end in the same bits."""
@@ -224,7 +220,7 @@ class Config:
             raise ConfigError(
                 f"num_validation must be from 1 to k - 1 = {self.k - 1}, got {self.num_validation}"
             )
-        if self.method in _ALL_TRAIN:
+        if self.judged:
             for name, value, right in (
                 ("num_validation", self.num_validation, 1),
                 ("validation_ratio", self.validation_ratio, 0.0),
@@ -238,7 +234,7 @@ class Config:
                     f"batch_statistics = validation: with {self.method} all k train; known: mean, "
                     "training"
                 )
-        if self.method in _ALL_TRAIN and not self.held_out:
+        if self.judged and not self.held_out:
             raise ConfigError(
                 f"method {self.method} judges its steps by a held-out part of the data: give "
                 "held_out 0.1 or another share, or take another method"
@@ -263,15 +259,20 @@ class Config:
         methods.check_form(self.method, self.form)
 
     @property
+    def judged(self) -> bool:
+        """Whether held-out examples judge the steps, so that all k mini-batches train."""
+        return self.method.startswith("coherent")
+
+    @property
     def num_validation_batches(self) -> int:
         """How many of the k mini-batches are not trained on."""
-        return 0 if self.method in _ALL_TRAIN else self.num_validation
+        return 0 if self.judged else self.num_validation
 
     @property
     def order(self) -> str:
         """The sampling that is meant: "stratified" or "random"."""
         if self.sampling == AUTO:
-            return "random" if self.method in _ALL_TRAIN else "stratified"
+            return "random" if self.judged else "stratified"
         return self.sampling
 
     @property
@@ -295,24 +296,29 @@ class Config:
 
     def flags(self) -> list[str]:
         """The options of ``python -m train run`` that differ from the defaults."""
-        options = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            name = field.name.replace("_", "-")
-            if value == field.default:
-                continue
-            if isinstance(value, bool):
-                options.append(f"--{name}" if value else f"--no-{name}")
-            elif isinstance(value, tuple):
-                options += [f"--{name}", *map(str, value)]
-            else:
-                options += [f"--{name}", str(value)]
-        return options
+        return flags(self)
 
     def digest(self) -> str:
         """Eight characters that tell configs apart."""
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def flags(choices: Any) -> list[str]:
+    """The options of a command that differ from their defaults; what has none is left out."""
+    options = []
+    for field in dataclasses.fields(choices):
+        value = getattr(choices, field.name)
+        name = field.name.replace("_", "-")
+        if field.default in (value, dataclasses.MISSING):
+            continue
+        if isinstance(value, bool):
+            options.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            options += [f"--{name}", *map(str, value)]
+        else:
+            options += [f"--{name}", str(value)]
+    return options
 
 
 def _one_of(name: str, value: str, known: Any, more: str = "") -> None:

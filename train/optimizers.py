@@ -37,7 +37,7 @@ MOMENTUM = ("sgd", "adam", "adamw", "nadamw", "lion")
 
 def moves_on(config: Any) -> bool:
     """Whether there is a direction in which the optimizer has been going."""
-    return config.optimizer in MOMENTUM or config.method.startswith("coherent")
+    return config.optimizer in MOMENTUM or config.judged
 
 
 def learning_rate(config: Any, steps_per_epoch: int) -> optax.Schedule:

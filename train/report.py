@@ -228,9 +228,8 @@ def _others(runs: list[pathlib.Path]) -> Section:
         first, config, _ = group[0]
         panel = Panel(f"{config.dataset}, {config.network}")
         alike = [of for of in configs if _panel_of(of) == _panel_of(config)]
-        arm = Arm(
-            label=_name(config, alike), config=config, panel=panel, series=_name(config, alike)
-        )
+        name = _name(config, alike)
+        arm = Arm(label=name, config=config, panel=panel, series=name)
         finished = {of.seed: outcome for _, of, outcome in group}
         folders = {of.seed: run for run, of, _ in group}
         rows.append(_row(arm, finished, _command(first), lambda _, seed, of=folders: of[seed]))
@@ -249,7 +248,7 @@ def _name(config: Config, among: list[Config]) -> str:
     differing = [
         f"{field.name.replace('_', ' ')} {getattr(config, field.name)}"
         for field in dataclasses.fields(config)
-        if field.name not in ("seed", "out")
+        if field.name != "seed"
         and any(getattr(of, field.name) != getattr(config, field.name) for of in alike)
     ]
     return ", ".join([config.method, *differing])

@@ -248,9 +248,8 @@ def markdown(table: dict[str, Any]) -> str:
         for method, row in rows.items():
             cells = []
             for name in ("last", "stopped", "best", "fitted"):
-                mean, several = row[name]["mean"], len(row["seeds"]) > 1
-                cell = f"{mean:.1f} ± {row[name]['std']:.1f}" if several else f"{mean:.1f}"
-                cells.append(f"**{cell}**" if mean == top.get(name) else cell)
+                cell = arms.cell(row[name], len(row["seeds"]))
+                cells.append(f"**{cell}**" if row[name]["mean"] == top.get(name) else cell)
             cells.append(f"{row['seconds']['mean'] / base:.1f}" if base else "")
             lines.append(f"| {label(method)} | {' | '.join(cells)} | {len(row['seeds'])} |")
         lines.append("")
@@ -299,20 +298,21 @@ def label(method: str) -> str:
     return "bilevel, k = 32" if method == "bilevel_k32" else STYLES.get(method, (method,))[0]
 
 
-def gains(table: dict[str, Any], method: str, rival: str, column: str = "stopped") -> list[float]:
-    """By how much a method's last epoch is above a rival's `column`, case by case, if noisy."""
+def gains(table: dict[str, Any], method: str, rival: str) -> list[float]:
+    """By how much a method's last epoch is above a rival stopped in time, in each noisy case."""
     cases = [name.removesuffix(f"/{method}") for name in table if name.endswith(f"/{method}")]
     return [
-        table[f"{case}/{method}"]["last"]["mean"] - table[f"{case}/{rival}"][column]["mean"]
+        table[f"{case}/{method}"]["last"]["mean"] - table[f"{case}/{rival}"]["stopped"]["mean"]
         for case in cases
         if f"{case}/{rival}" in table and not case.endswith(("noise0", "clean"))
     ]
 
 
-def main(out: pathlib.Path = pathlib.Path("docs/results")) -> None:
+def main() -> None:
     """Writes what is finished."""
     from train.experiments import runner
 
+    out = pathlib.Path("docs/results")
     table = collect(runner.ROOT)
     (out / "practice.json").write_text(json.dumps(table, indent=1) + "\n")
     (out / "practice.md").write_text(markdown(table))

@@ -32,12 +32,12 @@ def make(config: Any, task: Task) -> Method:
 
 def make_mixup(config: Any, task: Task) -> Method:
     """Coherent steps along the gradient of `mixup`."""
-    return dataclasses.replace(_judged(mixup.make(config, task), config, task), judged_by=missed)
+    return _judged(mixup.make(config, task), config, task, missed)
 
 
 def make_elr(config: Any, task: Task) -> Method:
     """Coherent steps along the gradient of `elr`."""
-    return dataclasses.replace(_judged(elr.make(config, task), config, task), judged_by=missed)
+    return _judged(elr.make(config, task), config, task, missed)
 
 
 def missed(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -52,7 +52,7 @@ def missed(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return 1 - jnp.exp(-cross_entropy(logits, labels))
 
 
-def _judged(method: Method, config: Any, task: Task) -> Method:
+def _judged(method: Method, config: Any, task: Task, judged_by: Any = cross_entropy) -> Method:
     return dataclasses.replace(
         method,
         how=f"{method.how}, steps of {config.optimizer} judged by {EXAMPLES} held-out ones",
@@ -60,4 +60,5 @@ def _judged(method: Method, config: Any, task: Task) -> Method:
             optax_bilevel.coherent_steps, total_steps=config.epochs * task.steps_per_epoch
         ),
         judges=EXAMPLES,
+        judged_by=judged_by,
     )
