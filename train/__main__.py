@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 
@@ -485,12 +486,37 @@ def main(argv: list[str] | None = None) -> int:
     # While it trains the trainer has handlers of its own, which save the state first.
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     try:
-        return _run_command(name, args, console)
+        with _no_signal_is_lost():
+            return _run_command(name, args, console)
     except KeyboardInterrupt:
         print("stopped by SIGINT, before there was anything to save", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def _no_signal_is_lost() -> Iterator[None]:
+    """Within, a signal whose exception Python ignored is sent again.
+
+    It ignores those in callbacks of the garbage collector, of which JAX has one.
+    """
+    before = sys.unraisablehook
+
+    def send_again(ignored: "sys.UnraisableHookArgs") -> None:
+        signum = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(
+            ignored.exc_type
+        )
+        if signum is None:
+            before(ignored)
+        else:  # when the callback is over
+            threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _run_command(name: str, args: list[str], console: Console) -> int:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from tests.train.tiny import compiled_once
 from train import __main__ as cli
 from train import clean, export
 from train.config import ConfigError
@@ -349,7 +350,7 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(once, tmp_path):
         "--learning-rate", "0.1", "--devices", "1",
         "--checkpoint-seconds", "0",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **compiled_once()}
     draw, kills = random.Random(0), 0
     for _ in range(60):
         process = subprocess.Popen(
@@ -358,7 +359,7 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(once, tmp_path):
         )  # fmt: skip
         try:
             # Nothing happens in the first seconds of a start.
-            _, errors = process.communicate(timeout=draw.uniform(4, 16) if kills < 20 else 600)
+            _, errors = process.communicate(timeout=draw.uniform(3, 11) if kills < 20 else 600)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()

@@ -1,4 +1,5 @@
 import errno
+import gc
 import io
 import json
 import os
@@ -261,6 +262,30 @@ def test_a_signal_before_the_training_has_the_same_exit_code(
         assert signal.getsignal(signum) == before
         said = capsys.readouterr().err.splitlines()
         assert len(said) == (1 if signum == signal.SIGINT else 0)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_within_the_garbage_collector_is_not_lost(tmp_path, monkeypatch, signum, code):
+    """Python ignores exceptions in the collector's callbacks, of which JAX has one."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def callback(phase, info):
+        gc.callbacks.remove(callback)
+        os.kill(os.getpid(), signum)
+        time.sleep(0.01)
+
+    def load(config):
+        gc.callbacks.append(callback)
+        gc.collect()
+        assert callback not in gc.callbacks
+        time.sleep(30)
+        raise AssertionError("the signal was lost")
+
+    monkeypatch.setattr(trainer, "load_problem", load)
+    try:
+        assert call("run", "--out", tmp_path / "run", *TINY) == code
     finally:
         signal.signal(signal.SIGINT, inherited)
 

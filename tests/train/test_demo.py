@@ -220,8 +220,8 @@ def test_without_a_method_that_weighs_there_is_no_picture_of_weights(tmp_path):
 
 @pytest.mark.slow
 def test_bilevel_weighting_beats_the_uniform_control_by_ten_points(tmp_path):
-    """50% wrong labels, three seeds; measured 72.5, 89.8; eq. (8) 90.2; coherent steps 93.7."""
-    summary, _ = run(dataclasses.replace(Demo(), out=tmp_path))
+    """50% wrong labels, one of the demo's seeds."""
+    summary, _ = run(dataclasses.replace(Demo(), seeds=(0,), out=tmp_path))
     test = {method: row["test_last_mean"] for method, row in summary["methods"].items()}
     for method in ("bilevel", "bilevel_exact", "coherent"):
         assert test[method] >= test["uniform"] + 10, method

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 
 def start(directory):
-    environment = {**os.environ, "XLA_FLAGS": ""}  # one device, as a user has
+    environment = {**os.environ, "XLA_FLAGS": "", **tiny.compiled_once()}  # one device, as a user
     command = [sys.executable, "-m", "train", "run", "--out", str(directory), *FLAGS]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -99,9 +99,9 @@ def stop_at_random(directory, signum, rng, within=None):
     return end(process)[0]
 
 
-@pytest.mark.parametrize("group", range(5))
+@pytest.mark.parametrize("group", range(2))
 def test_killed_at_four_random_moments_it_ends_in_the_same_bits(alone, tmp_path, group):
-    """Five groups make 20 kills; one of each four may fall before the training."""
+    """One of the four may fall before the training."""
     reference, until_training = alone
     rng = random.Random(group)
     for attempt in range(4):
@@ -111,16 +111,10 @@ def test_killed_at_four_random_moments_it_ends_in_the_same_bits(alone, tmp_path,
     assert_ends_as(tmp_path, reference)
 
 
-@pytest.mark.parametrize(
-    ("signum", "code", "group"),
-    [*((signal.SIGTERM, 75, group) for group in range(5)), (signal.SIGINT, 130, 0)],
-)
-def test_stopped_by_a_signal_it_says_so_and_ends_in_the_same_bits(
-    alone, tmp_path, signum, code, group
-):
-    """Five groups of four make 20 stops by SIGTERM."""
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal_it_says_so_and_ends_in_the_same_bits(alone, tmp_path, signum, code):
     reference, _ = alone
-    rng = random.Random(100 * signum + group)
+    rng = random.Random(signum)
     saved = 0
     for _ in range(4):
         assert stop_at_random(tmp_path, signum, rng) == code

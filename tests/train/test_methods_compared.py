@@ -285,7 +285,7 @@ def raw(seed=0, several=False):
         labels = rng.integers(0, 2, (4, 8, CLASSES), np.int32)
     else:
         labels = rng.integers(0, CLASSES, (4, 8), np.int32)
-    return RawBatch(images, labels, labels)
+    return RawBatch(images, labels, labels, np.arange(32, dtype=np.int32).reshape(4, 8))
 
 
 @functools.cache
@@ -298,6 +298,7 @@ def build(method, several=False, **changes):
         num_classes=CLASSES,
         multi_label=several,
         steps_per_epoch=4,
+        num_train=32,
     )
 
 

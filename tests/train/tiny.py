@@ -1,5 +1,7 @@
 """Runs that take a second, and what tests compare of them."""
 
+import functools
+import tempfile
 from typing import Any
 
 import jax
@@ -62,3 +64,16 @@ def final_state(directory: Any, of: Config) -> Any:
         state = checkpoints.restore(program.like)
     assert state is not None
     return state
+
+
+@functools.cache
+def _compiled() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()  # until the tests end
+
+
+def compiled_once() -> dict[str, str]:
+    """The environment in which processes take from each other what they have compiled."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": _compiled().name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
