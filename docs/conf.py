@@ -30,6 +30,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_custom_sections = ["Warns"]
 html_theme = "furo"
+pygments_style, pygments_dark_style = "friendly", "monokai"  # removed red, added green
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_math_renderer = "svg"

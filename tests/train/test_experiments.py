@@ -129,6 +129,13 @@ def test_the_tables_of_practice(tmp_path):
     assert row["seeds"] == [0, 1]
     assert row["command"].endswith("--only fashion-noise50-sgd_random --seeds 0 1")
     assert practice.gains(table, "coherent", "sgd_random") == [78.0 - 73.0]
+    row["stopped"] = {"mean": 79.0, "std": 1.41}
+    table["fashion-noise50/coherent"]["stopped"] = {"mean": 80.0, "std": 0.5}
+    for method, near in (("coherent", 1), ("sgd_random", 0)):
+        assert practice.near_first(table, method) == (near, 1)
+    table["fashion-noise50/coherent"]["stopped"]["std"] = 1.0
+    assert practice.near_first(table, "sgd_random") == (1, 1)
+    table = practice.collect(tmp_path)
     shown = practice.overview(table, {"fashion-noise50": "50% wrong"}).splitlines()
     assert shown[0] == "| | 50% wrong |"
     assert shown[2:] == [
