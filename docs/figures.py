@@ -89,7 +89,7 @@ def practice() -> None:
         f"{mean(mixup):.1f} above mixup, at most {-min(elr + gce + mixup):.1f} below any",
     )
     readme = (_DOCS.parent / "README.md").read_text(encoding="utf-8")
-    _states(readme, f"ended {mean(elr):.1f} points above ELR stopped in time, in the mean of ten")
+    _states(readme, f"Take both: they end {mean(elr):.1f} points above ELR in the mean")
     assert len(elr) == len(gains) == 10
     clean = [
         round(table[f"fashion-noise0/{method}"]["last"]["mean"], 1)
