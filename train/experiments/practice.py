@@ -192,6 +192,7 @@ _SHOWN = {
         "fashion-noise80": "80% wrong",
         "fashion-pair40": "40% one class further",
         "fashion-network40": "40% by a network",
+        "fashion10000-noise50": "10,000 images, 50% wrong",
     },
     "digits, MLP": {
         "digits-noise0": "clean",
