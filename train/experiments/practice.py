@@ -246,12 +246,8 @@ def collect(root: pathlib.Path, scale: Scale = "laptop") -> dict[str, Any]:
 
 def markdown(table: dict[str, Any]) -> str:
     """A table for every case; test accuracy in percent, the highest last and stopped in bold."""
-    cases: dict[str, dict[str, Any]] = {}
-    for name, row in table.items():
-        case, method = name.split("/")
-        cases.setdefault(case, {})[method] = row
     lines = []
-    for rows in cases.values():
+    for rows in _by_case(table).values():
         lines += [
             f"## {next(iter(rows.values()))['title']}",
             "",
@@ -316,16 +312,23 @@ def label(method: str) -> str:
 
 def gains(table: dict[str, Any], method: str, rival: str) -> list[float]:
     """By how much a method's last epoch is above a rival stopped in time, in each noisy case."""
-    cases = [name.removesuffix(f"/{method}") for name in table if name.endswith(f"/{method}")]
     return [
-        table[f"{case}/{method}"]["last"]["mean"] - table[f"{case}/{rival}"]["stopped"]["mean"]
-        for case in cases
-        if f"{case}/{rival}" in table and is_noisy(case)
+        rows[method]["last"]["mean"] - rows[rival]["stopped"]["mean"]
+        for case, rows in _by_case(table).items()
+        if method in rows and rival in rows and _is_noisy(case)
     ]
 
 
-def is_noisy(case: str) -> bool:
-    """Whether some of the case's labels are wrong."""
+def _by_case(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """CASE -> METHOD -> row."""
+    cases: dict[str, dict[str, Any]] = {}
+    for name, row in table.items():
+        case, method = name.split("/")
+        cases.setdefault(case, {})[method] = row
+    return cases
+
+
+def _is_noisy(case: str) -> bool:
     return not case.endswith(("noise0", "clean"))
 
 
@@ -334,16 +337,12 @@ def near_first(table: dict[str, Any], method: str) -> tuple[int, int]:
 
     Every method's epoch is picked by the held-out labels.
     """
-    cases: dict[str, dict[str, Any]] = {}
-    for name, row in table.items():
-        case, other = name.split("/")
-        cases.setdefault(case, {})[other] = row["stopped"]
-    compared = [rows for case, rows in cases.items() if is_noisy(case) and method in rows]
-    tops = [max(rows.values(), key=lambda row: row["mean"]) for rows in compared]
-    near = [
-        rows[method]["mean"] >= top["mean"] - top["std"]
-        for rows, top in zip(compared, tops, strict=True)
-    ]
+    near = []
+    for case, rows in _by_case(table).items():
+        if method in rows and _is_noisy(case):
+            stopped = {name: row["stopped"] for name, row in rows.items()}
+            top = max(stopped.values(), key=lambda figure: figure["mean"])
+            near.append(stopped[method]["mean"] >= top["mean"] - top["std"])
     return sum(near), len(near)
 
 
