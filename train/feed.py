@@ -67,7 +67,7 @@ def _handed_over(
         rows, columns = layout.part((order.k, order.b))
         copies = np.arange(program.copies)[:, None]
         part = np.concatenate([copies, rows]), columns
-    steps: Any = data.batches(train, order, first_step=first_step, num_steps=num_steps, part=part)
+    steps = data.batches(train, order, first_step=first_step, num_steps=num_steps, part=part)
     with contextlib.closing(steps):
         for step, (indices, images) in enumerate(steps, first_step):
             own = indices[part]

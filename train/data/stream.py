@@ -7,12 +7,22 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from train.data.types import Split
 from train.sampler import Sampler
+
+Item_co = TypeVar("Item_co", covariant=True)
+
+
+class Stream(Iterator[Item_co], Protocol[Item_co]):
+    """Items one after the other, of which the last need not be taken."""
+
+    def close(self) -> None:
+        """Stops what makes the items; there are no more of them."""
+        ...
 
 
 def batches(
@@ -24,7 +34,7 @@ def batches(
     part: Any = (),
     num_workers: int = 4,
     ahead: int = 2,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Stream[tuple[np.ndarray, np.ndarray]]:
     """Yields the images of the steps ``first_step .. num_steps - 1`` of a run.
 
     The order is the sampler's alone: step s is step ``s % steps_per_epoch`` of epoch
@@ -54,7 +64,7 @@ def batches(
 
 def in_order(
     split: Split, batch_size: int, *, part: Any = (), num_workers: int = 4, ahead: int = 2
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Stream[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields all images of a split once, in order, in batches of one size; for evaluation.
 
     Args:
