@@ -66,7 +66,7 @@ def check(page: str, first: int = 0, last: int | None = None) -> None:
             raise AssertionError(f"{page}: $ {command}\n{difference}")
 
 
-def _train(arguments: list[str]) -> tuple[int, str]:
+def _train(arguments: list[str]) -> tuple[int | str | None, str]:
     """Exit code and output of ``python -m train``, in this process to save its imports."""
     if arguments[0] in ("run", "clean"):  # on one device, as most have, not on the eight fake ones
         arguments = [*arguments, "--devices", "1"]

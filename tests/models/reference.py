@@ -1,9 +1,13 @@
 """Layers in float64 NumPy, written from their definitions: the tests' yardstick."""
 
+from typing import Literal
+
 import numpy as np
 
+Padding = Literal["SAME", "VALID"] | int
 
-def pad(x, kernel, stride, padding, value=0.0):
+
+def pad(x, kernel, stride, padding: Padding, value=0.0):
     """Pads [batch, height, width, channels]; "SAME" as TensorFlow defines it."""
     if padding == "VALID":
         padding = 0
@@ -23,7 +27,7 @@ def windows(x, kernel, stride):
     return np.moveaxis(view[:, ::stride, ::stride], 3, -1)
 
 
-def conv(x, kernel, bias=None, *, stride=1, padding="SAME", groups=1):
+def conv(x, kernel, bias=None, *, stride=1, padding: Padding = "SAME", groups=1):
     """Cross-correlation with a kernel [size, size, in / groups, out]."""
     kernel = np.asarray(kernel, np.float64)
     size, _, features_in, features = kernel.shape
@@ -43,7 +47,7 @@ def conv(x, kernel, bias=None, *, stride=1, padding="SAME", groups=1):
     return out if bias is None else out + np.asarray(bias, np.float64)
 
 
-def max_pool(x, size, stride, padding):
+def max_pool(x, size, stride, padding: Padding):
     return windows(pad(x, size, stride, padding, -np.inf), size, stride).max(axis=(3, 4))
 
 

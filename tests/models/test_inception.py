@@ -11,7 +11,7 @@ from tests.models.building import call, filled, initial, params_of
 def forward(params, x, stem_padding):
     """From the definition in the class's docstring, with the batch's own statistics."""
 
-    def unit(x, unit, stride=1, padding="SAME"):
+    def unit(x, unit, stride=1, padding: ref.Padding = "SAME"):
         x = ref.conv(x, unit["conv"]["kernel"], stride=stride, padding=padding)
         return ref.relu(ref.batch_norm(x, 1.0, unit["bn"]["bias"], 1e-3))
 
@@ -49,6 +49,7 @@ def test_batch_statistics():
     np.testing.assert_allclose(stem.bn.var[...], var, rtol=1e-5)
 
     model.eval()
+    assert stem.bn.bias is not None
     standard = ref.standardize(convolved, mean, var, 1.0, stem.bn.bias[...], 1e-3)
     np.testing.assert_allclose(stem(x), ref.relu(standard), atol=1e-5)
     np.testing.assert_allclose(stem.bn.mean[...], mean, atol=1e-6)

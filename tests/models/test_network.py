@@ -1,5 +1,8 @@
 """The training step that `Network` promises: a pure function of pytrees."""
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ import models
 from tests.models.building import filled
 
 K, B = 3, 4
+LossFn = Callable[[Any, Any], tuple[jax.Array, Any]]
 
 
 class Small(models.Network):
@@ -28,7 +32,7 @@ class Small(models.Network):
         return self.head(self.dropout(x, rngs=rngs))
 
 
-def setup(build, size=8):
+def setup(build, size=8) -> tuple[LossFn, Any, Any, dict[str, jax.Array]]:
     graphdef, params, batch_stats = nnx.split(filled(build), nnx.Param, ...)
 
     def loss_fn(params, batch):

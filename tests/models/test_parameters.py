@@ -106,8 +106,9 @@ def test_labels_and_mask_of_stacked_gradients_are_those_of_the_parameters():
 
 def test_labels_drive_optax_partition():
     params = nnx.state(models.MLP(3, (4,), hidden=(5,), rngs=nnx.Rngs(0)), nnx.Param)
-    transforms = {"head": optax.scale(2.0), "hidden/0": optax.scale(3.0)}
-    tx = optax.partition(transforms, models.layer_labels)
+    tx = optax.partition(
+        {"head": optax.scale(2.0), "hidden/0": optax.scale(3.0)}, models.layer_labels
+    )
     ones = jax.tree.map(jax.numpy.ones_like, params)
     updates, _ = tx.update(ones, tx.init(params), params)
     assert {path: set(leaf[...].ravel().tolist()) for path, leaf in flat(updates).items()} == {

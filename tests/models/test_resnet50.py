@@ -124,8 +124,8 @@ def test_loaded_network_computes_the_original_logits(tensors, path, images):
     not importlib.util.find_spec("torchvision"), reason="torch and torchvision are not installed"
 )
 def test_loaded_network_computes_what_torchvision_computes(tensors, path, images):
-    import torch
-    import torchvision
+    import torch  # pyright: ignore[reportMissingImports]
+    import torchvision  # pyright: ignore[reportMissingImports]
 
     original = torchvision.models.resnet50()
     original.load_state_dict({name: torch.from_numpy(t) for name, t in tensors.items()})

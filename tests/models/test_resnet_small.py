@@ -80,6 +80,7 @@ def test_evaluation_looks_at_each_image_by_itself(norm):
 def test_batch_statistics_are_averaged_with_decay():
     model = filled(lambda: ResNetSmall(5, (8, 8, 1), rngs=nnx.Rngs(0)))
     x = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
+    assert isinstance(model.norm, nnx.BatchNorm)
     before = np.array(model.norm.mean[...])
     call(model, x)
     seen = ref.conv(x, model.conv.kernel[...], padding=1).mean((0, 1, 2))
@@ -107,4 +108,4 @@ def test_sizes(size):
 
 def test_an_unknown_norm():
     with pytest.raises(ValueError, match='norm must be "batch" or "group", got \'layer\''):
-        ResNetSmall(3, (8, 8, 1), norm="layer", rngs=nnx.Rngs(0))
+        ResNetSmall(3, (8, 8, 1), norm="layer", rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]

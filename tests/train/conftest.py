@@ -4,6 +4,8 @@ import pathlib
 
 import pytest
 
+from tests.train.known import some
+
 
 @pytest.fixture
 def publisher(monkeypatch):
@@ -13,7 +15,8 @@ def publisher(monkeypatch):
     from tensorflow_datasets.core.download import checksums
 
     def believe(name):
-        registered = {info.filename: info for info in tfds.builder_cls(name).url_infos.values()}
+        infos = some(tfds.builder_cls(name).url_infos)
+        registered = {info.filename: info for info in infos.values()}
         monkeypatch.setattr(
             checksums, "compute_url_info", lambda path: registered[pathlib.Path(path).name]
         )

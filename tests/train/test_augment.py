@@ -50,7 +50,7 @@ def test_randomness_comes_from_the_key_alone(name, random):
 
 
 def test_none_scales_by_the_largest_value():
-    digit = np.array([[[0], [16]], [[8], [4]]], np.uint8)
+    digit = jnp.array([[[0], [16]], [[8], [4]]], jnp.uint8)
     preset = augment.preset("none", (2, 2, 1), max_value=16)
     np.testing.assert_array_equal(
         preset.train(jax.random.key(0), digit), [[[0], [1]], [[0.5], [0.25]]]
@@ -83,7 +83,7 @@ def test_standardize_has_a_lower_bound(image):
 
 
 def test_pad_and_crop_takes_every_window():
-    image = np.arange(1, 10, dtype=np.float32).reshape(3, 3, 1)
+    image = jnp.arange(1, 10, dtype=jnp.float32).reshape(3, 3, 1)
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     windows = {padded[y : y + 3, x : x + 3].tobytes() for y in range(3) for x in range(3)}
     keys = jax.random.split(jax.random.key(0), 200)
@@ -111,7 +111,7 @@ def test_inception_does_what_it_says_in_that_order(image):
 
 def test_inception_evaluates_small_images_too():
     out = augment.preset("inception", (28, 28, 1)).evaluate(
-        jax.random.key(0), np.full((28, 28, 1), 9, np.uint8)
+        jax.random.key(0), jnp.full((28, 28, 1), 9, jnp.uint8)
     )
     assert out.shape == (29, 29, 1)
 
@@ -136,7 +136,7 @@ def test_preactresnet_crops_flips_and_normalizes(image):
 
 
 def test_one_channel_gets_the_average_statistics():
-    grey = np.full((4, 4, 1), 255, np.uint8)
+    grey = jnp.full((4, 4, 1), 255, jnp.uint8)
     out = augment.preset("preactresnet", (4, 4, 1)).evaluate(jax.random.key(0), grey)
     mean, std = np.mean([0.4914, 0.4822, 0.4465]), np.mean([0.2470, 0.2435, 0.2616])
     np.testing.assert_allclose(out, (1 - mean) / std, rtol=1e-5)
@@ -166,7 +166,7 @@ def test_normalization_in_words_is_what_evaluation_does(name, channels):
             x = (x - mean) / std
         else:
             assert step == "std"
-    expected = augment.preset(name, shape, 200).evaluate(jax.random.key(0), image)
+    expected = augment.preset(name, shape, 200).evaluate(jax.random.key(0), jnp.asarray(image))
     np.testing.assert_allclose(x, expected, atol=1e-4)
 
 
@@ -182,7 +182,7 @@ def test_area_crop_covers_its_share():
     # The two channels hold the coordinates of each pixel's centre, as shares of the sides.
     height, width, size = 8, 12, 32
     ys, xs = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
-    image = np.stack(np.meshgrid(ys, xs, indexing="ij"), -1).astype(np.float32)
+    image = jnp.asarray(np.stack(np.meshgrid(ys, xs, indexing="ij"), -1), jnp.float32)
     keys = jax.random.split(jax.random.key(0), 400)
     crops = np.asarray(jax.jit(jax.vmap(lambda key: augment.area_crop(key, image, size)))(keys))
     # Away from the border, where the image ends, the crop is an exact ramp.
@@ -202,7 +202,7 @@ def test_area_crop_covers_its_share():
 
 
 def test_area_crop_of_everything_is_a_resize():
-    image = np.random.default_rng(0).random((12, 18, 3)).astype(np.float32)
+    image = jnp.asarray(np.random.default_rng(0).random((12, 18, 3)), jnp.float32)
     np.testing.assert_allclose(
         augment.area_crop(jax.random.key(0), image, 6, 1.0, 1.0),
         jax.image.resize(image, (6, 6, 3), "linear"),

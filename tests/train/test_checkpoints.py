@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.train import tiny
+from tests.train.known import some
 from train.checkpoints import CheckpointError, Checkpoints
 
 
@@ -210,7 +211,7 @@ def test_what_a_kill_in_the_middle_of_a_save_leaves_is_cleaned_up(copied):
     left = copied / "3.orbax-checkpoint-tmp"
     (left / "default").mkdir(parents=True)
     with Checkpoints(copied) as checkpoints:
-        assert int(checkpoints.restore(like())["step"]) == 2
+        assert int(some(checkpoints.restore(like()))["step"]) == 2
         checkpoints.save(4, state(4))
     assert not left.exists()
     assert steps(copied) == [2, 4]

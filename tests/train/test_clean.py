@@ -10,10 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from sklearn.datasets import load_digits
 
 from tests.train.tiny import compiled_once
@@ -50,7 +52,8 @@ def true_label(name):
 def digits(tmp_path_factory):
     """1,000 training and 300 test pictures, PNG and JPEG, with oddities of all kinds."""
     root = tmp_path_factory.mktemp("digits")
-    mine, loaded, draw = root / "mine", load_digits(), np.random.default_rng(0)
+    mine, draw = root / "mine", np.random.default_rng(0)
+    loaded: Any = load_digits()  # declared to be perhaps a tuple
     for i in range(1300):
         label = int(loaded.target[i])
         name, part = f"{label}-{i}", "train" if i < 1000 else "test"
@@ -385,4 +388,4 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(once, tmp_path):
 def test_out_that_is_a_file(root, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="give --out a place that can be written to"):
-        clean.run(clean.Clean(root / "mine", tmp_path / "file"), console=None)
+        clean.run(clean.Clean(root / "mine", tmp_path / "file"), Console(quiet=True))

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import typing
+from typing import Any
 
 import pytest
 
@@ -28,10 +29,14 @@ CHOICES = {
 }
 
 
+def made(**choices: Any) -> Config:
+    return Config(**choices)
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_an_unknown_choice_names_the_field_and_lists_the_known_ones(name):
     with pytest.raises(ConfigError) as error:
-        Config(**{name: "nonesuch"})
+        made(**{name: "nonesuch"})
     message = str(error.value)
     assert message.startswith(f"unknown {name} 'nonesuch'; known: {', '.join(CHOICES[name])}")
 
@@ -39,7 +44,7 @@ def test_an_unknown_choice_names_the_field_and_lists_the_known_ones(name):
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_known_choice_is_taken(name):
     for choice in CHOICES[name]:
-        assert getattr(Config(**{"method": "bilevel", name: choice}), name) == choice
+        assert getattr(made(**{"method": "bilevel", name: choice}), name) == choice
 
 
 def test_the_choices_above_are_all_there_are():
@@ -150,7 +155,7 @@ def test_values_at_the_ends_of_their_ranges_are_taken():
 
 
 # Something else than the default in every field; what must go with it comes after.
-OTHER = {
+OTHER: dict[str, Any] = {
     "dataset": "mnist", "data_dir": "somewhere", "image_size": 9, "train_size": 7, "test_size": 8,
     "network": "cifarnet", "hidden": (3, 4), "augmentation": "inception", "method": "uniform",
     "k": 9, "b": 9, "labels": "labels.csv", "bad_files": "skip", "held_out": 0.2,
@@ -173,7 +178,7 @@ def others() -> dict[str, Config]:
         for name in ("num_validation", "form", "validation_ratio")
     }
     configs = {
-        name: of_the_rule.get(name) or Config(**{name: value}) for name, value in OTHER.items()
+        name: of_the_rule.get(name) or made(**{name: value}) for name, value in OTHER.items()
     }
     configs["pretrained"] = Config(network="resnet50", pretrained="w.safetensors")
     configs["clean_validation"] = Config(

@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.train.known import in_memory
 from train import data
 
 
@@ -27,14 +28,14 @@ def test_digits():
     assert digits.max_value == 16
     assert (digits.num_classes, digits.class_names[3]) == (10, "3")
     for split, n in ((digits.train, 1200), (digits.test, 597)):
-        assert split.images.shape == (n, 8, 8, 1)
-        assert split.images.dtype == np.uint8
+        assert in_memory(split).shape == (n, 8, 8, 1)
+        assert in_memory(split).dtype == np.uint8
         assert split.labels.shape == (n,)
         assert split.labels.dtype == np.int32
-        assert split.images.max() == 16
+        assert in_memory(split).max() == 16
         assert split.in_memory
     # All 1,797 images are there once, and the split never changes.
-    everything = np.concatenate([digits.train.images, digits.test.images]).reshape(1797, -1)
+    everything = np.concatenate([in_memory(digits.train), in_memory(digits.test)]).reshape(1797, -1)
     assert len(np.unique(everything, axis=0)) == 1797
     np.testing.assert_array_equal(
         np.bincount(digits.test.labels), [61, 62, 68, 53, 65, 63, 62, 49, 54, 60]

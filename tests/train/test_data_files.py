@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 
+from tests.train.known import in_memory
 from train import data
 
 
@@ -34,7 +35,7 @@ def test_idx_folder(idx, name):
     assert (loaded.name, loaded.num_classes, loaded.max_value) == (name, 10, 255)
     assert loaded.image_shape == (4, 5, 1)
     for part, split in (("train", loaded.train), ("t10k", loaded.test)):
-        np.testing.assert_array_equal(split.images[..., 0], arrays[f"{part}-images-idx3-ubyte"])
+        np.testing.assert_array_equal(in_memory(split)[..., 0], arrays[f"{part}-images-idx3-ubyte"])
         np.testing.assert_array_equal(split.labels, arrays[f"{part}-labels-idx1-ubyte"])
         assert split.labels.dtype == np.int32
     assert data.load("fashion_mnist", folder).class_names[9] == "Ankle boot"

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from tests.train.known import in_memory, some
 from train import data
 from train.data import account, fingerprint, folders, pictures
 
 
-def write(path, value=100, size=(6, 4), mode="RGB", **options):
+def write(path, value: float | tuple[int, ...] = 100, size=(6, 4), mode="RGB", **options):
     """A picture of one colour; `size` is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, value).save(path, **options)
@@ -59,7 +60,7 @@ def test_train_and_test(tmp_path):
     np.testing.assert_array_equal(loaded.train.labels, [0, 0, 1, 1, 1])
     np.testing.assert_array_equal(loaded.test.labels, [0, 1])
     assert loaded.train.labels.dtype == np.int32
-    np.testing.assert_array_equal(loaded.train.images[:, 3, 5, 0], [40, 50, 10, 20, 30])
+    np.testing.assert_array_equal(in_memory(loaded.train)[:, 3, 5, 0], [40, 50, 10, 20, 30])
     assert loaded.train_files == tuple(
         f"train/{name}"
         for name in ("ant/0.png", "ant/1.png", "cat/0.png", "cat/1.png", "cat/2.png")
@@ -72,19 +73,19 @@ def test_train_and_test(tmp_path):
         ("test", "ant"): (1, {}, {}),
         ("test", "cat"): (1, {}, {}),
     }
-    assert loaded.account.examples("train") == {"ant": 2, "cat": 3}
-    assert loaded.account.notes == ["size: 4 x 6 (height x width), as the files have it"]
+    assert some(loaded.account).examples("train") == {"ant": 2, "cat": 3}
+    assert some(loaded.account).notes == ["size: 4 x 6 (height x width), as the files have it"]
 
 
 def test_classes_without_train_and_test(tmp_path):
     fill(tmp_path, cat=3, ant=2)
     loaded = load(tmp_path)
     assert (len(loaded.train), len(loaded.test)) == (5, 0)
-    assert loaded.test.images.shape == (0, 4, 6, 3)
+    assert in_memory(loaded.test).shape == (0, 4, 6, 3)
     assert loaded.test.labels.dtype == np.int32
     assert loaded.test_files == ()
-    assert loaded.account.notes[-1] == "test part: none, every picture is for training"
-    assert loaded.account.examples("test") == {"ant": 0, "cat": 0}
+    assert some(loaded.account).notes[-1] == "test part: none, every picture is for training"
+    assert some(loaded.account).examples("test") == {"ant": 0, "cat": 0}
 
 
 def test_train_alone(tmp_path):
@@ -101,7 +102,7 @@ def test_other_names_of_the_parts(tmp_path, train, test):
     fill(tmp_path / test, cat=1, ant=1)
     loaded = load(tmp_path)
     assert (len(loaded.train), len(loaded.test)) == (5, 2)
-    assert ("test part: val" in loaded.account.notes) == (test == "val")
+    assert ("test part: val" in some(loaded.account).notes) == (test == "val")
 
 
 def test_a_validation_part_beside_a_test_part_is_counted(tmp_path):
@@ -115,7 +116,7 @@ def test_a_validation_part_beside_a_test_part_is_counted(tmp_path):
 
 def test_a_class_called_train(tmp_path):
     fill(tmp_path, bus=2, train=1)
-    assert load(tmp_path).account.examples("train") == {"bus": 2, "train": 1}
+    assert some(load(tmp_path).account).examples("train") == {"bus": 2, "train": 1}
 
 
 @pytest.mark.parametrize("beside", [{}, {"cat": 2, "dog": 2}])
@@ -145,9 +146,9 @@ def test_nested_folders_and_suffixes(tmp_path):
     write(tmp_path / "dog" / "6", format="PNG")  # no suffix: known by what it holds
     write(tmp_path / "dog" / "7.png", format="JPEG")
     loaded = load(tmp_path)
-    assert loaded.account.examples("train") == {"cat": 3, "dog": 7}
-    assert loaded.train_files[0] == "cat/3.webp"
-    assert loaded.train_files[2] == "cat/a/b/1.PNG"
+    assert some(loaded.account).examples("train") == {"cat": 3, "dog": 7}
+    assert some(loaded.train_files)[0] == "cat/3.webp"
+    assert some(loaded.train_files)[2] == "cat/a/b/1.PNG"
 
 
 def test_unicode_names(tmp_path):
@@ -161,9 +162,9 @@ def test_unicode_names(tmp_path):
     os.rename(tmp_path / "x.png", path)
     loaded = load(tmp_path)
     assert loaded.class_names == ("Käse", "猫")
-    assert loaded.train_files[-2:] == ("train/猫/\\xff.png", "train/猫/一.png")
+    assert some(loaded.train_files)[-2:] == ("train/猫/\\xff.png", "train/猫/一.png")
     assert len(loaded.train) == 3
-    json.dumps([loaded.fingerprint, loaded.account.to_json()], ensure_ascii=False).encode()
+    json.dumps([loaded.fingerprint, some(loaded.account).to_json()], ensure_ascii=False).encode()
 
 
 def test_names_that_differ_in_how_accents_are_coded(tmp_path):
@@ -187,9 +188,9 @@ def test_links(tmp_path):
     linked = tmp_path / "link"
     linked.symlink_to(root)
     loaded = load(linked)
-    assert loaded.account.examples("train") == {"a": 2, "c": 3}
+    assert some(loaded.account).examples("train") == {"a": 2, "c": 3}
     assert counts(loaded)["train", "c"][2] == {"link back to a folder above": 2}
-    assert loaded.train_files[2:] == ("c/0.png", "c/again.png", "c/more/0.png")
+    assert some(loaded.train_files)[2:] == ("c/0.png", "c/again.png", "c/more/0.png")
 
 
 def test_the_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
@@ -199,7 +200,7 @@ def test_the_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: reversed(list(scandir(path))))
     second = load(tmp_path)
     assert first.train_files == second.train_files
-    assert first.train_files[:3] == ("a/0.png", "a/1.png", "a/10.png")
+    assert some(first.train_files)[:3] == ("a/0.png", "a/1.png", "a/10.png")
     np.testing.assert_array_equal(first.train.images, second.train.images)
     assert first.fingerprint == second.fingerprint
 
@@ -229,7 +230,7 @@ def test_hidden_and_system_entries(tmp_path):
         ("train", ""): (0, {}, {"hidden or system": 1}),
         ("test", ""): (0, {}, {"hidden or system": 2}),
     }
-    assert ".git/" in loaded.account.skipped["hidden or system"]
+    assert ".git/" in some(loaded.account).skipped["hidden or system"]
 
 
 def test_a_hidden_folder_given_by_name(tmp_path):
@@ -260,7 +261,7 @@ def test_every_file_counts_once(tmp_path):
     (tmp_path / "train" / "cat" / "bad.png").write_bytes(b"")
     (tmp_path / "train" / "cat" / "notes.txt").write_text("x")
     on_disk = sum(len(names) for _, _, names in os.walk(tmp_path))
-    lines = load(tmp_path, bad_files="skip").account.lines
+    lines = some(load(tmp_path, bad_files="skip").account).lines
     assert sum(line.read + sum(line.skipped.values()) for line in lines) == on_disk == 12
 
 
@@ -322,16 +323,16 @@ def test_all_bad_files_in_one_list(tmp_path, image_size):
 def test_bad_files_are_skipped_and_counted(tmp_path, image_size):
     bad = damaged(tmp_path)
     loaded = load(tmp_path, image_size=image_size, bad_files="skip")
-    assert [line.skipped for line in loaded.account.lines] == [
+    assert [line.skipped for line in some(loaded.account).lines] == [
         {"cannot be read": 4},
         {"cannot be read": 5},
     ]
-    assert [name for name, _ in loaded.account.bad] == list(bad)
-    assert loaded.account.examples("train") == {"cat": 3, "dog": 2}
+    assert [name for name, _ in some(loaded.account).bad] == list(bad)
+    assert some(loaded.account).examples("train") == {"cat": 3, "dog": 2}
     # A bad file has no say in size and colours, nor is its place left in the arrays.
     assert loaded.image_shape == ((4, 6, 3) if image_size is None else (8, 8, 3))
-    np.testing.assert_array_equal(loaded.train.images[:, 0, 0, 0], [10, 20, 30, 40, 50])
-    assert list(loaded.fingerprint["files"]) == list(loaded.train_files)
+    np.testing.assert_array_equal(in_memory(loaded.train)[:, 0, 0, 0], [10, 20, 30, 40, 50])
+    assert list(some(loaded.fingerprint)["files"]) == list(some(loaded.train_files))
 
 
 def test_a_bad_file_has_no_say_in_the_shape(tmp_path):
@@ -346,7 +347,7 @@ def test_a_bad_file_has_no_say_in_the_shape(tmp_path):
     seen = []
     loaded = load(tmp_path, bad_files="skip", on_file=lambda *pair: seen.append(pair))
     assert loaded.image_shape == (4, 6, 1)
-    assert (loaded.train.images == 7).all()
+    assert (in_memory(loaded.train) == 7).all()
     assert seen[:8] == [(n, 8) for n in range(1, 9)]
     assert set(seen[8:]) <= {(8, 8)}
 
@@ -358,7 +359,7 @@ def test_long_lists_are_cut(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)23 files of .*x19\.png.*\n  \.\.\. and 3 more$"):
         load(tmp_path)
     loaded = load(tmp_path, bad_files="skip")
-    assert len(loaded.account.bad) == 20
+    assert len(some(loaded.account).bad) == 20
     assert "and 3 more that cannot be read" in rendered(loaded.account)
 
 
@@ -378,7 +379,8 @@ def test_folders_that_cannot_be_listed(tmp_path, monkeypatch, name):
     with pytest.raises(ValueError, match=re.escape(message)):
         load(tmp_path)
     if name == "train/cat/inner/":
-        assert load(tmp_path, bad_files="skip").account.bad == [(name, message.split(": ", 1)[1])]
+        loaded = load(tmp_path, bad_files="skip")
+        assert some(loaded.account).bad == [(name, message.split(": ", 1)[1])]
     elif name == "train/cat/":
         with pytest.raises(ValueError, match=r"cat \(1 the folder cannot be listed"):
             load(tmp_path, bad_files="skip")
@@ -473,7 +475,7 @@ def test_a_class_that_test_lacks(tmp_path):
     (tmp_path / "test" / "ant" / "0.png").unlink()
     with pytest.warns(UserWarning, match="the test part has no picture of ant$"):
         loaded = load(tmp_path)
-    assert loaded.account.warnings == ["the test part has no picture of ant"]
+    assert some(loaded.account).warnings == ["the test part has no picture of ant"]
     np.testing.assert_array_equal(loaded.test.labels, [1])
 
 
@@ -483,7 +485,7 @@ def test_a_test_part_without_classes(tmp_path):
     with pytest.warns(UserWarning, match="the test part has no picture of cat, dog"):
         loaded = load(tmp_path)
     assert len(loaded.test) == 0
-    assert "test part: none, every picture is for training" in loaded.account.notes
+    assert "test part: none, every picture is for training" in some(loaded.account).notes
     assert counts(loaded)["test", ""] == (0, {}, {"not in a folder of a class": 1})
 
 
@@ -503,9 +505,9 @@ def test_colours_are_decided_from_all_files(tmp_path):
     assert load(tmp_path).image_shape == (4, 6, 1)
     write(tmp_path / "dog" / "0.png", (200, 0, 0))
     loaded = load(tmp_path)
-    np.testing.assert_array_equal(loaded.train.images[:, 0, 0], [[7] * 3, [9] * 3, [200, 0, 0]])
+    np.testing.assert_array_equal(in_memory(loaded.train)[:, 0, 0], [[7] * 3, [9] * 3, [200, 0, 0]])
     assert counts(loaded)["train", "ant"] == (1, {"grey to RGB": 1}, {})
-    assert loaded.account.notes[1] == "colours: RGB, since only 2 pictures of 3 are grey"
+    assert some(loaded.account).notes[1] == "colours: RGB, since only 2 pictures of 3 are grey"
     # By the format alone: colours that are all equal are colours.
     write(tmp_path / "dog" / "0.png", (8, 8, 8))
     assert load(tmp_path).image_shape == (4, 6, 3)
@@ -518,9 +520,9 @@ def test_scans_of_16_bits_share_one_range(tmp_path):
         Image.fromarray(np.full((4, 6), value, np.uint16)).save(path)
     loaded = load(tmp_path)
     assert loaded.ranges == {"16-bit grey": (0.0, 4000.0)}
-    np.testing.assert_array_equal(loaded.train.images[:, 0, 0, 0], [64, 255])
+    np.testing.assert_array_equal(in_memory(loaded.train)[:, 0, 0, 0], [64, 255])
     note = "16-bit grey: 0 becomes black and 4,000 white, in all such files alike"
-    assert note in loaded.account.notes
+    assert note in some(loaded.account).notes
     assert counts(loaded)["train", "cat"] == (1, {"16-bit grey scaled to 8 bits": 1}, {})
 
 
@@ -540,7 +542,7 @@ def test_conversions_are_counted_by_class(tmp_path):
     Image.new("RGB", (6, 4), (0, 99, 9)).quantize().save(tmp_path / "dog" / "p.gif")
     write(tmp_path / "dog" / "c.tif", (0, 255, 255, 0), mode="CMYK")
     loaded = load(tmp_path)
-    assert (loaded.train.images[2] == 255).all()
+    assert (in_memory(loaded.train)[2] == 255).all()
     assert counts(loaded) == {
         ("train", "cat"): (3, {"transparent parts on white": 1}, {}),
         ("train", "dog"): (3, {"palette to RGB": 1, "CMYK to RGB": 1}, {}),
@@ -562,11 +564,11 @@ def test_sizes_without_an_image_size(tmp_path, sizes, side):
     write(tmp_path / "dog" / "0.png", size=sizes[0])
     loaded = load(tmp_path)
     assert loaded.image_shape == (side, side, 3)
-    note = loaded.account.notes[0]
+    note = some(loaded.account).notes[0]
     assert note.startswith(f"size: {side} x {side}, the shorter side scaled to {side} and the cent")
     assert note.endswith("; --image-size N takes N x N")
-    cut = sum(line.converted.get("scaled and cut to size", 0) for line in loaded.account.lines)
-    assert cut == len(sizes) + 1
+    lines = some(loaded.account).lines
+    assert sum(line.converted.get("scaled and cut to size", 0) for line in lines) == len(sizes) + 1
 
 
 def test_sizes_of_one_kind_are_kept(tmp_path):
@@ -581,7 +583,7 @@ def test_image_size_scales_and_cuts(tmp_path):
     wide = np.zeros((4, 8, 3), np.uint8)
     wide[:, 4:] = 255
     Image.fromarray(wide).save(tmp_path / "test" / "cat" / "0.png")
-    image = load(tmp_path, image_size=8).test.images[1, :, :, 0]
+    image = in_memory(load(tmp_path, image_size=8).test)[1, :, :, 0]
     assert image.shape == (8, 8)
     np.testing.assert_array_equal(image[:, :3], 0)
     np.testing.assert_array_equal(image[:, 5:], 255)
@@ -653,7 +655,7 @@ def test_the_account_as_a_table_and_as_json(tmp_path):
     assert "skipped, not a picture: cat/[bold]notes.txt" in text
     assert "skipped, cannot be read: cat/empty.png: empty" in text
     assert "test part: none" in text
-    kept = json.loads(json.dumps(loaded.account.to_json()))
+    kept = json.loads(json.dumps(some(loaded.account).to_json()))
     assert account.Account.from_json(kept) == loaded.account
 
 
@@ -669,7 +671,7 @@ def test_a_table_of_many_classes(tmp_path):
 
 
 def changed(root, old):
-    return fingerprint.differences(json.loads(json.dumps(old)), load(root).fingerprint)
+    return fingerprint.differences(json.loads(json.dumps(old)), some(load(root).fingerprint))
 
 
 def test_a_fingerprint_says_what_changed(tmp_path):
@@ -679,7 +681,7 @@ def test_a_fingerprint_says_what_changed(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (4, 6, 3), np.uint8)).save(path)
     train = tmp_path / "train"
-    old = load(tmp_path).fingerprint
+    old = some(load(tmp_path).fingerprint)
     assert (old["train"], old["test"], old["classes"]) == (6, 0, ["cat", "dog"])
     assert old["files"]["train/cat/a.bmp"][:3] == ["train", "cat", 134]
     assert changed(tmp_path, old) == []
@@ -737,7 +739,7 @@ def test_fingerprints_of_packaged_data():
     digits = data.load("digits")
     print_ = json.loads(json.dumps(digits.fingerprint))
     assert print_ == data.load("digits").fingerprint
-    assert fingerprint.differences(print_, digits.fingerprint) == []
+    assert fingerprint.differences(print_, some(digits.fingerprint)) == []
     assert (print_["name"], print_["train"], print_["test"]) == ("digits", 1200, 597)
     for key, said in (
         ("train images", ["the training images differ"]),

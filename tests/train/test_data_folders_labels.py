@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.train.known import in_memory, some
 from train import data
 from train.config import Config
 from train.data import labels
@@ -53,10 +54,10 @@ def test_a_flat_folder_with_labels(tmp_path):
     loaded = load(tmp_path)
     assert loaded.class_names == ("bird", "cat", "dog")
     assert labelled(loaded) == ({"1.png": "cat", "2.png": "dog", "sub/3.png": "bird"}, {})
-    np.testing.assert_array_equal(loaded.train.images[:, 0, 0, 0], [10, 20, 30])
+    np.testing.assert_array_equal(in_memory(loaded.train)[:, 0, 0, 0], [10, 20, 30])
     assert skipped(loaded) == {("train", ""): {"not in labels.csv": 2, "list of labels": 1}}
-    assert f"labels: {tmp_path / 'labels.csv'}" in loaded.account.notes
-    assert not any(line.converted for line in loaded.account.lines)
+    assert f"labels: {tmp_path / 'labels.csv'}" in some(loaded.account).notes
+    assert not any(line.converted for line in some(loaded.account).lines)
 
 
 def test_a_list_with_parts(tmp_path):
@@ -108,7 +109,7 @@ def test_corrections(tmp_path):
     assert train == {"train/cat/a.png": "dog", "train/cat/b.png": "cat", "train/dog/a.png": "fox"}
     assert test == {"test/cat/t.png": "cat", "test/dog/t.png": "dog"}
     assert skipped(loaded) == {("train", "dog"): {"not in fixed.csv": 1}}
-    converted = {x.label: x.converted for x in loaded.account.lines if x.part == "train"}
+    converted = {x.label: x.converted for x in some(loaded.account).lines if x.part == "train"}
     said = {"relabelled by fixed.csv": 1}
     assert converted == {"cat": {}, "dog": said, "fox": said}
 
@@ -148,7 +149,7 @@ def test_corrections_that_leave_a_class_without_examples(tmp_path):
     (tmp_path / "data" / "test" / "cat" / "t.png").unlink()
     with pytest.warns(UserWarning, match=r"fixed\.csv leaves no example of dog|test part has no"):
         loaded = load(tmp_path / "data", labels=path)
-    assert loaded.account.warnings[0] == "fixed.csv leaves no example of dog"
+    assert some(loaded.account).warnings[0] == "fixed.csv leaves no example of dog"
     path = listed(tmp_path / "fixed.csv", "train/cat/a.png,cat")
     with pytest.raises(ValueError, match="one class only, cat"):
         load(tmp_path / "data", labels=path)
@@ -214,7 +215,7 @@ def test_a_list_says_what_is_held_out(tmp_path):
     assert path.read_text().startswith("file,label,split\ntrain/cat/a.png,cat,train\n")
     again = load(tmp_path, labels=path)
     assert labelled(again) == labelled(loaded)
-    assert {again.train_names[i] for i in again.held_out} == kept
+    assert {again.train_names[i] for i in some(again.held_out)} == kept
     config = {"dataset": "folder", "data_dir": str(tmp_path), "labels": str(path), "k": 2, "b": 1}
     problem = load_problem(Config(**config, held_out=0.1))
     assert set(problem.description.held_out) == kept
@@ -259,7 +260,7 @@ def test_a_table_of_something_else_beside_classes(tmp_path):
     with pytest.warns(UserWarning, match=r"not used: .*labels\.csv must have the columns"):
         loaded = load(tmp_path)
     assert len(loaded.train) == 4
-    assert loaded.account.warnings[0].startswith("not used: ")
+    assert some(loaded.account).warnings[0].startswith("not used: ")
 
 
 def test_a_missing_list(tmp_path):
@@ -283,25 +284,26 @@ def test_corrections_of_digits(tmp_path):
     given = plain.train.labels.copy()
     given[[5, 1199]] = (given[[5, 1199]] + 1) % 10
     path = tmp_path / "labels.csv"
-    names = [plain.train_names[i] for i in kept]
+    names = [plain.train_names[i] for i in kept.tolist()]
     labels.write(path, names, map(str, given[kept]), column="example")
     assert data.load("digits", labels=path).held_out is None
     labels.write(path, names, map(str, given[kept]), "example", held_out={names[4], names[900]})
     loaded = data.load("digits", labels=path)
-    assert loaded.held_out.tolist() == [4, 900]
-    np.testing.assert_array_equal(loaded.train.images, plain.train.images[kept])
+    assert some(loaded.held_out).tolist() == [4, 900]
+    np.testing.assert_array_equal(loaded.train.images, in_memory(plain.train)[kept])
     np.testing.assert_array_equal(loaded.train.labels, given[kept])
     assert loaded.train.labels.dtype == np.int32
     assert list(loaded.train_names) == names
     np.testing.assert_array_equal(loaded.train_numbers, kept)
     np.testing.assert_array_equal(loaded.test.labels, plain.test.labels)
     counted = {"not in labels.csv": 0, "relabelled by labels.csv": 0}
-    for line in loaded.account.lines:
+    for line in some(loaded.account).lines:
         for reason, n in {**line.skipped, **line.converted}.items():
             counted[reason] += n
     assert counted == {"not in labels.csv": 2, "relabelled by labels.csv": 2}
-    assert loaded.account.examples("test")["0"] == (plain.test.labels == 0).sum()
-    assert data.fingerprint.differences(plain.fingerprint, loaded.fingerprint) == [
+    assert some(loaded.account).examples("test")["0"] == (plain.test.labels == 0).sum()
+    old, new = some(plain.fingerprint), some(loaded.fingerprint)
+    assert data.fingerprint.differences(old, new) == [
         "there were 1,200 training examples, now 1,198",
         "the training images differ",
         "the training labels differ",

@@ -11,11 +11,13 @@ import struct
 import subprocess
 import sys
 import tarfile
+from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.train.known import in_memory
 from train import data, sampler
 from train.data import clothing1m, prepared
 
@@ -27,7 +29,7 @@ def jpeg(value, size=(300, 260)):
     return file.getvalue()
 
 
-def tar(path, members, mode="w"):
+def tar(path, members, mode: Literal["w", "w:gz"] = "w"):
     with tarfile.open(path, mode) as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
@@ -263,10 +265,10 @@ class TestBuilders:
         data.prepare(name, tmp_path / "tfds", tmp_path)
         loaded = data.load(name, tmp_path / "tfds")
         assert (loaded.num_classes, loaded.class_names[7]) == (int(name[5:]), "class7")
-        assert loaded.train.images.shape == (5, 32, 32, 3)
+        assert in_memory(loaded.train).shape == (5, 32, 32, 3)
         assert_examples(loaded.train, {10: 1, 20: 2, 30: 3, 40: 4, 50: 5})
         assert_examples(loaded.test, {70: 7, 80: 8})
-        assert (loaded.train.images[..., 1] == 100).all()
+        assert (in_memory(loaded.train)[..., 1] == 100).all()
 
         # Reading, pixels and labels, does without TensorFlow even where it is installed.
         for file in (tmp_path / "tfds" / name).glob("*/*.npy"):

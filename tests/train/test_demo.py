@@ -25,9 +25,9 @@ def tiny_demo(out, **changes):
 
 
 def run(chosen):
-    console = Console(file=io.StringIO(), width=200)
-    summary = demo.run(chosen, console)
-    return summary, console.file.getvalue()
+    shown = io.StringIO()
+    summary = demo.run(chosen, Console(file=shown, width=200))
+    return summary, shown.getvalue()
 
 
 @pytest.fixture(scope="module")

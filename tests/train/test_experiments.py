@@ -18,12 +18,13 @@ import pytest
 from rich.console import Console
 
 from tests.train import tiny
+from tests.train.known import some
 from tests.train.test_data_prepared import jpeg, tar
 from train import __main__ as cli
 from train import augment, data, experiments, noise, trainer
 from train.config import Config, ConfigError
 from train.experiments import practice, runner
-from train.experiments.common import METHODS, SCALES, Arm, Experiment, Panel, compare
+from train.experiments.common import METHODS, SCALES, Arm, Experiment, Panel, Scale, compare
 from train.run_directory import RunDirectory, read_metrics
 
 FIGURES = {"test_last_mean", "test_last_std", "test_best_mean", "seeds", "command"}
@@ -56,7 +57,7 @@ def test_arms(name, scale):
     assert all(pathlib.Path(label).name == label for label in labels)
     assert all(arm.after in {None, *labels} for arm in arms)
     for command in SCALES:
-        assert f"python -m train experiment {name} --scale {command}" in experiment.doc
+        assert f"python -m train experiment {name} --scale {command}" in some(experiment.doc)
     if scale == "paper":
         assert {arm.config.dataset for arm in arms} <= {
             "cifar10", "cifar100", "imagenet2012", "voc/2007", "clothing1m", "clothing1m/clean",
@@ -81,7 +82,7 @@ def test_the_laptop_grid_of_figure_3(network, size, prefix):
     assert {arm.x for arm in grid} == {0, 20, 40, 50, 60, 80}
     for arm in grid:
         rate = arm.config.noise_rate if arm.config.noise == "symmetric" else 0
-        assert rate == arm.x / 100
+        assert rate == some(arm.x) / 100
         assert (arm.config.k, arm.config.b, arm.config.train_size) == (8, 8, size)
         assert (arm.config.sampling == "random") == (arm.series == "sgd_random")
     (dropout,) = (arm for arm in grid if arm.label == f"{prefix}noise50-dropout")
@@ -149,7 +150,8 @@ def test_the_tables_of_practice(tmp_path):
 
 
 def test_figure_2_keeps_the_total_while_k_varies():
-    for scale, total in (("laptop", 64), ("paper", 128)):
+    totals: dict[Scale, int] = {"laptop": 64, "paper": 128}
+    for scale, total in totals.items():
         for arm in experiments.load("figure2").arms(scale):
             if arm.panel.x == "k":
                 assert (arm.config.k, arm.config.k * arm.config.b) == (arm.x, total)
@@ -214,7 +216,7 @@ def test_averaged_crops_count_in_the_estimated_time():
     # training and 4,952 test images, or for each of their ten crops
     once, ten = 3 * 78 * 64 + 9952, 3 * 78 * 64 + 99520
     assert times == pytest.approx([1000 * 1.4e9 * passes / 1e13 for passes in (ten, once)])
-    views = augment.preset("voc", (384, 384, 3)).views
+    views = some(augment.preset("voc", (384, 384, 3)).views)
     assert jax.eval_shape(views, jax.random.key(0), jnp.ones((384, 384, 3))).shape[0] == 10
 
 

@@ -1,6 +1,7 @@
 import json
 import pathlib
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 import models
 from tests.models.building import call, filled
 from tests.train import tiny
+from tests.train.known import in_memory
 from train import __main__ as cli
 from train import export, predict, saved, trainer
 from train.config import ConfigError
@@ -89,7 +91,8 @@ def test_a_run_exports_its_best_epoch_by_held_out_labels(run, tmp_path):
     lines = read_metrics(run)
     best = max(lines, key=lambda line: line["held_out"])
     assert best["epoch"] < len(lines)
-    for epoch, line in (("best", best), ("last", lines[-1])):
+    chosen: dict[export.Epoch, dict[str, Any]] = {"best": best, "last": lines[-1]}
+    for epoch, line in chosen.items():
         model = export.from_run(run, epoch)
         export.save(model, tmp_path / epoch)
         loaded = export.load_model(tmp_path / epoch)
@@ -103,7 +106,7 @@ def test_a_run_exports_its_best_epoch_by_held_out_labels(run, tmp_path):
         }
         # Digits are 0 to 16: a picture of one has 255 where they have 16.
         test = opened.problem().dataset.test
-        pixels = np.rint(test.images[:500] * (255 / 16)).astype(np.uint8)
+        pixels = np.rint(in_memory(test)[:500] * (255 / 16)).astype(np.uint8)
         probabilities = predict.Predictor(loaded)(pixels)
         np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
         state = opened.network if epoch == "best" else opened.state

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from tests.train import tiny
+from tests.train.known import in_memory, some
 from train import data, feed, methods, sampler, trainer
 from train import problem as problem_module
 from train.config import Config, ConfigError
 from train.evaluate import measure, predict
 from train.run_directory import read_metrics
 from train.signals import Interrupted
+from train.state import Resident
 
 HELD_OUT = tiny.config(held_out=0.1, epochs=5, dropout_rate=0.3, momentum=0.9)
 
@@ -73,15 +75,15 @@ def test_turns_go_through_all_before_any_comes_again():
 def test_the_parts_are_the_data_set():
     problem = trainer.load_problem(dataclasses.replace(HELD_OUT, train_size=None))
     own = data.load("digits").train
-    trained, held_out = problem.dataset.train, problem.held_out
+    trained, held_out = problem.dataset.train, some(problem.held_out)
     assert sorted(problem.examples) == list(range(1200))
     assert len(held_out) == round(1200 * 0.1)
-    images = np.concatenate([trained.images, held_out.images])
-    np.testing.assert_array_equal(images, own.images[problem.examples])
-    np.testing.assert_array_equal(problem.everything.images, images)
-    true = np.concatenate([problem.true, problem.held_out_true])
+    pictures = np.concatenate([in_memory(trained), in_memory(held_out)])
+    np.testing.assert_array_equal(pictures, in_memory(own)[problem.examples])
+    np.testing.assert_array_equal(problem.everything.images, pictures)
+    true = np.concatenate([some(problem.true), some(problem.held_out_true)])
     np.testing.assert_array_equal(true, own.labels[problem.examples])
-    given, true = problem.noise
+    given, true = some(problem.noise)
     np.testing.assert_array_equal(true, own.labels)
     labels = np.concatenate([trained.labels, held_out.labels])
     np.testing.assert_array_equal(given[problem.examples], labels)
@@ -97,6 +99,7 @@ def test_no_method_trains_on_it(method):
     count = len(problem.dataset.train)
     assert count < 160
     for batch in feed.feed(program, problem, 0, 2 * problem.order.steps_per_epoch):
+        assert isinstance(batch, Resident)
         assert batch.indices.max() < count
         assert batch.images.shape[0] == 160  # held-out ones are at hand for those that judge
         if method.startswith("coherent"):
@@ -112,10 +115,12 @@ def test_images_on_disk_are_judged_by_the_same_examples(monkeypatch):
     monkeypatch.setattr(feed, "_RESIDENT_BYTES", 0)
     handed_over = list(feed.feed(program, problem, 3, 9))
     for one, other in zip(resident, handed_over, strict=True):
+        assert isinstance(one, Resident)
         of_one = one.batch()
         np.testing.assert_array_equal(of_one.images, other.images)
-        np.testing.assert_array_equal(of_one.judges.images, other.judges.images)
-        np.testing.assert_array_equal(of_one.judges.labels, other.judges.labels)
+        judges, others = some(of_one.judges), some(other.judges)
+        np.testing.assert_array_equal(judges.images, others.images)
+        np.testing.assert_array_equal(judges.labels, others.labels)
 
 
 def test_nothing_to_hold_out_is_told(monkeypatch):
@@ -144,14 +149,14 @@ def test_the_best_epoch_is_kept_beside_the_newest(finished, tmp_path):
     saved = trainer.open_run(finished)
     assert saved.epoch == result["stopped_epoch"]
     problem = saved.problem()
-    for split, name in ((problem.dataset.test, "stopped"), (problem.held_out, "held_out")):
+    for split, name in ((problem.dataset.test, "stopped"), (some(problem.held_out), "held_out")):
         scores = predict(saved.program, saved.network, split)
         assert measure(scores, split.labels) == pytest.approx(result[name])
     # and it is bit by bit what that epoch ended with
     then = tmp_path / "then"
     with contextlib.suppress(Interrupted):  # which the last step is not
         run(HELD_OUT, then, on_step=stop_at(saved.chosen_step))
-    tiny.assert_same_bits(saved.state.best.params, tiny.final_state(then, HELD_OUT).params)
+    tiny.assert_same_bits(some(saved.state.best).params, tiny.final_state(then, HELD_OUT).params)
 
 
 def test_the_first_of_equals_is_chosen():
@@ -177,7 +182,7 @@ def test_a_run_that_is_interrupted_keeps_the_same_best(finished, tmp_path, step)
 
 def test_held_out_examples_are_evidence_too(finished):
     saved = trainer.open_run(finished)
-    visits = jax.device_get(saved.state.evidence.visits)
+    visits = jax.device_get(some(saved.state.evidence).visits)
     count = len(saved.description.train)
     assert (visits[count:] == HELD_OUT.epochs).all()
     assert len(visits) == len(saved.description.names) == 160

@@ -395,7 +395,7 @@ def test_the_percentile_of_mentornet_is_averaged_over_steps():
 
 def group_norm64(x, kernel):
     total = 0.0
-    for features in np.float64(x):
+    for features in np.asarray(x, np.float64):
         for k in range(kernel.shape[1]):
             group = np.sqrt(np.sum((features * np.float64(kernel[:, k])) ** 2))
             total += group / np.sqrt(max(np.count_nonzero(features), 1))
@@ -413,7 +413,9 @@ def features_and_kernel():
 
 def test_azadis_group_norm():
     x, kernel = features_and_kernel()
-    np.testing.assert_allclose(group_norm(x, kernel), group_norm64(x, kernel), rtol=1e-6)
+    np.testing.assert_allclose(
+        group_norm(jnp.asarray(x), jnp.asarray(kernel)), group_norm64(x, kernel), rtol=1e-6
+    )
     of_x, of_kernel = jax.grad(group_norm, argnums=(0, 1))(x, kernel)
     np.testing.assert_array_equal(of_x, 0)
     for j, k in ((0, 0), (3, 2), (5, 3)):
@@ -433,7 +435,7 @@ def test_azadis_regularizer_adds_its_gradient_to_the_last_layer():
     x = raw().images.reshape(32, -1) / np.float32(16)
     norm = group_norm64(x, head["kernel"])
     np.testing.assert_allclose(state.sums.loss - plain_state.sums.loss, 3.0 * norm, rtol=1e-4)
-    x2, kernel = np.float64(x) ** 2, np.float64(head["kernel"])
+    x2, kernel = np.asarray(x, np.float64) ** 2, np.asarray(head["kernel"], np.float64)
     scale = 1 / np.sqrt((x != 0).sum(1, keepdims=True)) / np.sqrt(x2 @ kernel**2)
     slope = kernel * (x2.T @ scale) / 32 / CLASSES
     np.testing.assert_allclose(

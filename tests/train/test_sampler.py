@@ -165,6 +165,10 @@ def test_label_distance_by_hand():
     assert sampler.label_distance(hot, np.array([[0], [1]])) == pytest.approx(1 / 3)
 
 
+def separate(labels, k, validation):
+    return sampler.separate_validation(labels, k, 1, np.array(validation), seed=0)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -176,10 +180,10 @@ def test_label_distance_by_hand():
         (lambda y: sampler.random(10, 4, 3, seed=0), "give 2 tuples of k=4 .* at most 2"),
         (lambda y: sampler.random(10, 11, 1, seed=0), "give 0 tuples of k=11 .* lower k"),
         (lambda y: sampler.hold_out(y, 1.0, seed=0), "between 0 and 1, got 1.0"),
-        (lambda y: sampler.separate_validation(y, 2, 1, [200], seed=0), "0..199, got 200..200"),
-        (lambda y: sampler.separate_validation(y, 2, 1, [1, 1], seed=0), "more than once"),
-        (lambda y: sampler.separate_validation(y, 2, 1, [], seed=0), "non-empty vector"),
-        (lambda y: sampler.separate_validation(y, 1, 1, [0], seed=0), "k must be at least 2"),
+        (lambda y: separate(y, 2, [200]), "0..199, got 200..200"),
+        (lambda y: separate(y, 2, [1, 1]), "more than once"),
+        (lambda y: separate(y, 2, []), "non-empty vector"),
+        (lambda y: separate(y, 1, [0]), "k must be at least 2"),
         (lambda y: sampler.multi_label(y, 2, 1, seed=0), "multi-hot, 0 or 1"),
     ],
 )

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from tests.train.known import some
 from tests.train.test_suspects import CLASSES, made
 from train import suspects
 from train.data import labels
@@ -54,8 +55,9 @@ class Root(html.parser.HTMLParser):
     out = None
 
     def handle_starttag(self, tag, attrs):
-        if tag == "html" and "data-out" in dict(attrs):
-            self.out = json.loads(base64.b64decode(dict(attrs)["data-out"]))
+        out = dict(attrs).get("data-out")
+        if tag == "html" and out is not None:
+            self.out = json.loads(base64.b64decode(out))
 
 
 def browse(found, folder: pathlib.Path, script: str):
@@ -63,8 +65,9 @@ def browse(found, folder: pathlib.Path, script: str):
     suspects.write_page(found, page, 200, "labels that look wrong")
     page.write_text(page.read_text().replace("</html>", SCRIPT % script + "</html>"))
     shown = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'me'}",
-         "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+        [some(BROWSER), "--headless", "--no-sandbox", "--disable-gpu",
+         f"--user-data-dir={folder / 'me'}", "--virtual-time-budget=5000", "--dump-dom",
+         page.as_uri()],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     root = Root()

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.train import tiny
+from tests.train.known import in_memory, some
 from train import data, feed, loop, noise, sampler, trainer
 from train import problem as problem_module
 from train.checkpoints import CheckpointError
@@ -158,7 +159,7 @@ def test_the_metrics_are_those_of_the_last_checkpoint(finished):
     right = np.argmax(logits(test.images), axis=1) == test.labels
     assert last["test"] == pytest.approx(100 * right.mean())
     scores = logits(train.images)
-    for labels, name in ((train.labels, "train_given"), (problem.true, "train_true")):
+    for labels, name in ((train.labels, "train_given"), (some(problem.true), "train_true")):
         assert last[name] == pytest.approx(100 * np.mean(np.argmax(scores, axis=1) == labels))
         loss = np.log(np.exp(scores).sum(1)) - scores[np.arange(len(labels)), labels]
         assert last[f"{name}_loss"] == pytest.approx(loss.mean(), rel=1e-5)
@@ -243,7 +244,7 @@ def test_images_that_are_not_kept_on_the_device_train_to_the_same_bits(
     finished_random, tmp_path, monkeypatch
 ):
     made, program = tiny.build(RANDOM)
-    size = made.dataset.train.images.nbytes
+    size = in_memory(made.dataset.train).nbytes
     kinds = []
     for kept in (size, size - 1):
         monkeypatch.setattr(feed, "_RESIDENT_BYTES", kept)
@@ -483,13 +484,13 @@ def test_nan_in_a_later_epoch_keeps_the_last_good_checkpoint(tmp_path, monkeypat
 
 
 def test_a_subset_is_the_same_for_all_seeds():
-    images = [
-        trainer.load_problem(tiny.config(seed=seed)).dataset.train.images for seed in range(2)
-    ]
-    np.testing.assert_array_equal(*images)
-    assert images[0].shape == (160, 8, 8, 1)
-    everything = data.load("digits").train.images
-    assert all((everything == image).all((1, 2, 3)).any() for image in images[0])
+    one, other = (
+        in_memory(trainer.load_problem(tiny.config(seed=seed)).dataset.train) for seed in range(2)
+    )
+    np.testing.assert_array_equal(one, other)
+    assert one.shape == (160, 8, 8, 1)
+    everything = in_memory(data.load("digits").train)
+    assert all((everything == image).all((1, 2, 3)).any() for image in one)
 
 
 def test_a_run_goes_on_with_its_own_labels_alone(tmp_path):
@@ -528,7 +529,7 @@ def test_labels_stay_as_they_are_unless_noise_is_asked_for():
     problem = trainer.load_problem(Config())
     assert problem.true is None
     assert problem.noise is None
-    given = np.concatenate([problem.dataset.train.labels, problem.held_out.labels])
+    given = np.concatenate([problem.dataset.train.labels, some(problem.held_out).labels])
     np.testing.assert_array_equal(given, data.load("digits").train.labels[problem.examples])
 
 
@@ -555,7 +556,7 @@ def test_random_sampling_mixes_labels():
 def test_a_share_of_the_training_set_is_for_validation_only(clean):
     config = tiny.config(validation_ratio=0.2, clean_validation=clean)
     problem = trainer.load_problem(config)
-    given, true = problem.dataset.train.labels, problem.true
+    given, true = problem.dataset.train.labels, some(problem.true)
     indices = np.concatenate([problem.order.epoch(epoch) for epoch in range(5)])
     validation, training = np.unique(indices[:, 0]), np.unique(indices[:, 1:])
     assert not np.intersect1d(validation, training).size
@@ -590,9 +591,9 @@ def test_pixels_are_permuted_in_both_splits():
             np.testing.assert_array_equal(np.sort(images), np.sort(plain))
             assert (images != plain).any(1).all()
     # one permutation for all: pixel statistics over the set are permuted
-    plain, same = (d.train.images.reshape(-1, 64).sum(0) for d in (natural, shuffled))
+    plain, same = (in_memory(d.train).reshape(-1, 64).sum(0) for d in (natural, shuffled))
     np.testing.assert_array_equal(np.sort(same), np.sort(plain))
-    each = random.train.images.reshape(-1, 64).sum(0)
+    each = in_memory(random.train).reshape(-1, 64).sum(0)
     assert (np.sort(each) != np.sort(plain)).any()
 
 
@@ -630,9 +631,9 @@ def test_relabelling_leaves_dropout_on(finished, finished_random):
     assert (given != other).any()
     np.testing.assert_array_equal(true, trainer.load_problem(RANDOM).true)
     # without dropout the seed has nothing to say, and the labels are the network's predictions
-    plain = [trainer.relabel_run(finished, seed=seed)[0] for seed in range(2)]
-    np.testing.assert_array_equal(*plain)
-    accuracy = 100 * (plain[0] == trainer.load_problem(PLAIN).true).mean()
+    plain, same = (trainer.relabel_run(finished, seed=seed)[0] for seed in range(2))
+    np.testing.assert_array_equal(plain, same)
+    accuracy = 100 * (plain == trainer.load_problem(PLAIN).true).mean()
     assert accuracy == pytest.approx(read_metrics(finished)[-1]["train_true"])
 
 
