@@ -247,7 +247,7 @@ def draw_rows(title: str, rows: dict[str, Any], curves: Runs, same_data: bool) -
         ours.set_yticks(range(len(rows)), [style(series)[0] for series in rows])
         marks = "test, %: last ●, best epoch ○"
         if any("stopped_mean" in row for row in rows.values()):
-            marks += ", stopped by held-out labels □"
+            marks += ",\nstopped by held-out labels □"
         if printed:
             paper = axes["paper"] if beside else ours
             paper.plot(list(printed.values()), list(printed), "D", ms=5, mfc="none", color=INK)
