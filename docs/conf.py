@@ -3,6 +3,7 @@
 import doctest
 import os
 import pathlib
+import re
 import sys
 
 # Before jax starts: the pages' code runs on eight fake CPU devices.
@@ -10,6 +11,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 DOCS = pathlib.Path(__file__).parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]
+
+from docutils import nodes
 
 import optax_bilevel
 
@@ -30,6 +33,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_custom_sections = ["Warns"]
 html_theme = "furo"
+html_theme_options = {"dark_css_variables": {"figure-filter": "invert(.92) hue-rotate(180deg)"}}
 pygments_style, pygments_dark_style = "tango", "monokai"  # removed red, added green
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
@@ -38,3 +42,15 @@ html_title = f"optax_bilevel {version}"
 exclude_patterns = ["_build", "results"]
 # Sphinx's own flags leave out what an error says.
 doctest_default_flags = doctest.ELLIPSIS | doctest.DONT_ACCEPT_TRUE_FOR_1
+
+
+def _unbroken(_, doctree):
+    """Keeps a mean and its deviation on one line."""
+    for text in doctree.findall(nodes.Text):
+        if not isinstance(text.parent, nodes.FixedTextElement | nodes.literal | nodes.math):
+            whole = re.sub(r"(?<=\d) ([±/]) (?=\d)", "\xa0\\1\xa0", text)
+            text.parent.replace(text, nodes.Text(whole))
+
+
+def setup(app):
+    app.connect("doctree-read", _unbroken)
