@@ -30,7 +30,10 @@ extensions = [
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"
+default_role = "py:obj"  # `name` in a docstring
+napoleon_attr_annotations = False
 napoleon_custom_sections = ["Warns"]
 html_theme = "furo"
 html_theme_options = {"dark_css_variables": {"figure-filter": "invert(.92) hue-rotate(180deg)"}}
@@ -52,5 +55,13 @@ def _unbroken(_, doctree):
             text.parent.replace(text, nodes.Text(whole))
 
 
+def _anchors(app, doctree):
+    """Tells MyST what links may lead to in a page that is not its own, api.rst say."""
+    elements = doctree.findall(nodes.Element)
+    ids = {name: (0, name, "") for element in elements for name in element["ids"]}
+    app.env.metadata[app.env.docname].setdefault("myst_slugs", ids)
+
+
 def setup(app):
     app.connect("doctree-read", _unbroken)
+    app.connect("doctree-read", _anchors)

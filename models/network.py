@@ -14,7 +14,7 @@ class Network(nnx.Module):
     A new network is in training mode; `eval()` and `train()` switch batch norm and dropout.
     Parameters are `nnx.Param` in float32, running averages `nnx.BatchStat`, and there is no
     other state: the randomness of dropout comes in with each call, so that a training step
-    stays a pure function of pytrees:
+    stays a pure function of pytrees::
 
         graphdef, params, batch_stats = nnx.split(model, nnx.Param, ...)
 

@@ -166,7 +166,7 @@ def load_pretrained(
 
     Args:
         model: the network to fill.
-        path: the `.safetensors` file.
+        path: the ``.safetensors`` file.
         replace_head: keep the network's own last layer, for another set of classes (14 in
             Clothing1M, where ImageNet has 1000); the file's `fc` tensors are then not used and
             may be absent.
