@@ -71,4 +71,4 @@ def _jpeg(seconds: float, count: int = 512) -> float:
             return _rate(batches, seconds)
         finally:
             # Ends the workers before their files go.
-            batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+            batches.close()

@@ -1,10 +1,8 @@
 """Together with the rest of optax and with Flax: the right result, or an error that says where."""
 
-# optax types a state as any tree of arrays, and knows no init(None).
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-
 import functools
+from collections.abc import Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +60,7 @@ def test_momentum_by_hand():
     """chain(reweight, sgd(0.1, momentum=0.9)) over three steps, m = 0.9 m + g, w = w - 0.1 m."""
     tx = optax.chain(bilevel_reweight(), optax.sgd(0.1, momentum=0.9))
     mine, state = params(), tx.init(params())
-    expected = {name: np.float64(x) for name, x in params().items()}
+    expected = {name: np.asarray(x, np.float64) for name, x in params().items()}
     momentum = {name: np.zeros(x.shape) for name, x in params().items()}
     update = jax.jit(tx.update)
     for step in range(3):
@@ -141,7 +139,7 @@ def test_state_fields_are_found():
 def test_inject_hyperparams(options, jit):
     """λ̂ and μ̂ scheduled and nothing declared static, though numbers are traced then."""
     lam, mu = optax.linear_schedule(1.0, 3.0, 4), optax.linear_schedule(0.1, 1.1, 10)
-    tx = optax.inject_hyperparams(bilevel_reweight)(lam=lam, mu=mu, **options)
+    tx: Any = optax.inject_hyperparams(bilevel_reweight)(lam=lam, mu=mu, **options)
     state = tx.init(params())
     update = jax.jit(tx.update) if jit else tx.update
     options = {name: x for name, x in options.items() if name != "num_batches"}
@@ -199,7 +197,7 @@ def test_inject_hyperparams_where_k_must_be_static():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64])
 def test_inject_hyperparams_casts_to_the_parameters_dtype(dtype):
-    tx = optax.inject_hyperparams(bilevel_reweight)(mu=optax.constant_schedule(0.5))
+    tx: Any = optax.inject_hyperparams(bilevel_reweight)(mu=optax.constant_schedule(0.5))
     zeros = jnp.zeros(5, dtype)
     grads = stack_of(0, [(5,)], K, dtype)[0]
     update, _ = tx.update(grads, tx.init(zeros), zeros)
@@ -230,10 +228,11 @@ def test_masked_with_a_callable():
 
 
 LABELS = {"w": "train", "b": "frozen"}
+Transforms = dict[Hashable, optax.GradientTransformation]
 
 
 def test_partition_with_frozen_labels():
-    transforms = {"train": bilevel_reweight(), "frozen": optax.set_to_zero()}
+    transforms: Transforms = {"train": bilevel_reweight(), "frozen": optax.set_to_zero()}
     with pytest.raises(ValueError, match="pass allow_masked=True"):
         optax.partition(transforms, LABELS).init(params())
 
@@ -249,7 +248,7 @@ def test_partition_after_it():
 
 def test_partition_whose_other_labels_reduce_their_own_leaves():
     mean = optax.stateless(lambda updates, _: jax.tree.map(lambda g: jnp.mean(g, 0), updates))
-    transforms = {
+    transforms: Transforms = {
         "train": optax.chain(bilevel_reweight(allow_masked=True), optax.sgd(1.0)),
         "frozen": mean,
     }
@@ -261,7 +260,7 @@ def test_partition_whose_other_labels_reduce_their_own_leaves():
 
 
 def test_partition_with_a_rule_for_every_label():
-    transforms = {
+    transforms: Transforms = {
         "train": bilevel_reweight(allow_masked=True, mu=1.0),
         "frozen": bilevel_reweight(allow_masked=True, solver="exact"),
     }
@@ -275,8 +274,8 @@ def test_partition_with_a_rule_for_every_label():
 WRAPPERS = {
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
-    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, lambda step: True),
-    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda step: True),
+    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, lambda step, **_: True),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda step, **_: True),
 }
 every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 

@@ -1,10 +1,7 @@
 """Gradients of layers that are never formed: the same updates from their factors."""
 
-# optax types a state as any tree of arrays, and knows no init(None).
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +78,7 @@ def problem(k=K, b=B):
 
 def by_stack(loss, params, batches, **options):
     grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, batches)
-    tx = optax_bilevel.bilevel_reweight(**options, num_batches=len(batches["x"]))
+    tx: Any = optax_bilevel.bilevel_reweight(**options, num_batches=len(batches["x"]))
     grads, state = tx.update(grads, tx.init(params), params)
     return grads, state.weights
 

@@ -1,11 +1,8 @@
 """One rule, four ways to feed it: the same mini-batches give the same update, whatever the way."""
 
-# optax types a state as any tree of arrays, and knows no init(None).
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +38,7 @@ def mesh_of(shape, names):
 def stacked(params, batches, loss_fn=loss, **options):
     grads = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, batches)
     k = jax.tree.leaves(batches)[0].shape[0]
-    tx = optax_bilevel.bilevel_reweight(**options, num_batches=k)
+    tx: Any = optax_bilevel.bilevel_reweight(**options, num_batches=k)
     update, state = tx.update(grads, tx.init(params), params)
     return update, state.weights
 
@@ -77,7 +74,7 @@ def unrolled(params, batches, loss_fn=loss, **options):
 
 def multi_steps(params, batches, loss_fn=loss, **options):
     k = jax.tree.leaves(batches)[0].shape[0]
-    tx = optax_bilevel.bilevel_multi_steps(optax.identity(), k, **options)
+    tx: Any = optax_bilevel.bilevel_multi_steps(optax.identity(), k, **options)
 
     def call(state, batch):
         update, state = tx.update(jax.grad(loss_fn)(params, batch), state, params)
@@ -178,7 +175,7 @@ def test_options_matter():
     others = {"mu alone": {"mu": 20.0}, "mu per leaf": {"groups": "leaf", "mu": 20.0}}
     updates = []
     for options in (OPTIONS | others).values():
-        tx = optax_bilevel.bilevel_reweight(**options)
+        tx: Any = optax_bilevel.bilevel_reweight(**options)
         updates.append(jax.jit(tx.update)(grads, tx.init(None))[0])
     for a, b in itertools.combinations(updates, 2):
         assert distance(a, b) > 1e-3
@@ -192,7 +189,7 @@ def test_multi_steps_over_several_windows():
     k, params = 4, params_of()
     sgd = optax.sgd(0.1, momentum=0.9)
     one = optax.chain(optax_bilevel.bilevel_reweight(num_validation=2, num_batches=k), sgd)
-    many = optax_bilevel.bilevel_multi_steps(sgd, k, num_validation=2)
+    many: Any = optax_bilevel.bilevel_multi_steps(sgd, k, num_validation=2)
 
     @jax.jit
     def call(grads, state, params):
@@ -353,7 +350,7 @@ def test_second_axis(shape, axis, example_axis, check_vma):
     """A mini-batch spread over devices counts as one: its gradients are averaged."""
     names = ("k", "e") if len(shape) == 2 else ("k", "k2", "e")
     mesh = mesh_of(shape, names)
-    sizes = dict(zip(names, shape, strict=True))
+    sizes: dict[str, int] = dict(zip(names, shape, strict=True))
     k = np.prod([sizes[name] for name in ((axis,) if isinstance(axis, str) else axis)])
     params, batches = params_of(), batches_of(int(k), b=8)
 

@@ -1,11 +1,8 @@
 """What each input gets: the table of the documentation, row by row."""
 
-# optax types a state as any tree of arrays, and knows no init(None).
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-
 import functools
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -53,7 +50,7 @@ def compiled(form):
 @compiled
 def reweight(grads, **options):
     k = jax.tree.leaves(grads)[0].shape[0]
-    tx = optax_bilevel.bilevel_reweight(**options, num_batches=k)
+    tx: Any = optax_bilevel.bilevel_reweight(**options, num_batches=k)
     params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:], g.dtype), grads)
     update, state = tx.update(grads, tx.init(params), None)
     return update, state.weights, state.dropped
@@ -75,7 +72,7 @@ def stream(grads, **options):
 @compiled
 def multi_steps(grads, **options):
     k = jax.tree.leaves(grads)[0].shape[0]
-    tx = optax_bilevel.bilevel_multi_steps(optax.identity(), k, **options)
+    tx: Any = optax_bilevel.bilevel_multi_steps(optax.identity(), k, **options)
     state = tx.init(jax.tree.map(lambda g: g[0], grads))
     state, updates = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], state, grads)
     return jax.tree.map(lambda x: x[-1], updates), state.weights, state.dropped
@@ -89,8 +86,8 @@ def collective(grads, **options):
         grads = jax.tree.map(lambda x: x[0], grads)
         return optax_bilevel.bilevel_pmean_and_weights(grads, "batch", **options)
 
-    specs = {"in_specs": P("batch"), "out_specs": P()}
-    update, weights = jax.shard_map(per_device, mesh=mesh_of(k), **specs)(grads)
+    mapped = jax.shard_map(per_device, mesh=mesh_of(k), in_specs=P("batch"), out_specs=P())
+    update, weights = mapped(grads)
     return update, weights, None
 
 
@@ -112,7 +109,7 @@ def test_leading_axes_that_differ():
         "gradient leaf ['layer']['z']: expected a leading axis of k = 4 mini-batches "
         "(from leaf ['layer']['w']), got shape (5, 2)"
     )
-    tx = optax_bilevel.bilevel_reweight()
+    tx: Any = optax_bilevel.bilevel_reweight()
     with pytest.raises(ValueError, match=message):
         jax.jit(tx.update)(grads, tx.init(None))
     with pytest.raises(ValueError, match=message):
@@ -123,7 +120,7 @@ def test_leading_axes_that_differ():
 
 
 def test_leading_axis_unlike_num_batches():
-    tx = optax_bilevel.bilevel_reweight(num_batches=6)
+    tx: Any = optax_bilevel.bilevel_reweight(num_batches=6)
     message = (
         r"leaf \['b'\]: expected .* k = 6 mini-batches \(from num_batches\), got shape \(4, 5\)"
     )
@@ -287,7 +284,7 @@ def test_groups_that_do_not_fit():
 
 
 def test_groups_without_parameters_at_init():
-    tx = optax_bilevel.bilevel_reweight(groups="leaf", num_batches=K)
+    tx: Any = optax_bilevel.bilevel_reweight(groups="leaf", num_batches=K)
     with pytest.raises(ValueError, match="with groups and num_batches pass the parameters"):
         tx.init(None)
 
@@ -405,7 +402,7 @@ def test_validation_gradient_not_finite(form, bad, num_validation):
 
 
 def test_multi_steps_recovers_in_the_next_window():
-    tx = optax_bilevel.bilevel_multi_steps(optax.identity(), K)
+    tx: Any = optax_bilevel.bilevel_multi_steps(optax.identity(), K)
     update = jax.jit(tx.update)
     updates, state = None, tx.init(PARAMS)
     for broken in (True, False):
@@ -507,7 +504,7 @@ def test_masked_leaves():
             tx.init({**PARAMS, "b": optax.MaskedNode()})
         with pytest.raises(ValueError, match="gradient " + message):
             tx.update({**PARAMS, "b": optax.MaskedNode()}, tx.init(PARAMS), alignment=jnp.ones(2))
-    tx = optax_bilevel.bilevel_reweight(allow_masked=True)
+    tx: Any = optax_bilevel.bilevel_reweight(allow_masked=True)
     update, _ = tx.update(masked, tx.init(masked))
     assert update["b"] == optax.MaskedNode()
     assert_close(update["w"], reweight({"w": stack()["w"]})[0]["w"])
@@ -542,7 +539,7 @@ def test_extra_args_reach_the_optimizer_of_multi_steps():
     def record(updates, state, params=None, *, value, **extra_args):
         return jax.tree.map(lambda x: x * value, updates), state
 
-    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, record)
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, record)  # pyright: ignore[reportArgumentType]
     tx = optax_bilevel.bilevel_multi_steps(inner, K)
     updates, state = None, tx.init(PARAMS)
     for i in range(K):

@@ -7,12 +7,8 @@ bound in float32 and 1e-12 in float64. Without cancellation the bound is a small
 result itself.
 """
 
-# optax types a state as any tree of arrays, and knows no init(None).
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import jax
@@ -109,7 +105,7 @@ def compiled(structure):
     def run(leaves, lam, mu):
         options = {"groups": structure.groups, **structure.options}
         weights = optax_bilevel.bilevel_weights(leaves, lam, mu, **options)
-        tx = optax_bilevel.bilevel_reweight(lam, mu, **options)
+        tx: Any = optax_bilevel.bilevel_reweight(lam, mu, **options)
         update, _ = tx.update(leaves, tx.init(None))
         return jnp.reshape(weights, (-1, structure.k)), update
 
@@ -264,7 +260,7 @@ def test_normalised_only_the_product_of_lam_and_mu_matters(solver):
 def test_two_mini_batches_give_the_sign_of_their_agreement(solver):
     for seed in range(5):
         leaves = stack_of(seed, [(4,)], 2)
-        tx = optax_bilevel.bilevel_reweight(solver=solver)
+        tx: Any = optax_bilevel.bilevel_reweight(solver=solver)
         (update,), _ = tx.update(leaves, tx.init(None))
         validation, train = leaves[0]
         np.testing.assert_allclose(update, np.sign(validation @ train) * train, rtol=1e-6)
@@ -305,16 +301,15 @@ def test_weights_by_hand():
     """λ̂ = 2, μ̂ = 1: ⟨g_v, g⟩ = 2, -4, 6; |g|²/2 + 1 = 3, 9, 19; ω = 2/3, -4/9, 6/19."""
     gradients = jnp.array([[2.0, 0.0], [1.0, 3.0**0.5], [-2.0, 12.0**0.5], [3.0, 27.0**0.5]])
     raw = np.array([0, 2 / 3, -4 / 9, 6 / 19])
-    given_ = {"lam": 2.0, "mu": 1.0}
     np.testing.assert_allclose(
-        optax_bilevel.bilevel_weights(gradients, **given_, normalize=False), raw, rtol=1e-6
+        optax_bilevel.bilevel_weights(gradients, 2.0, 1.0, normalize=False), raw, rtol=1e-6
     )
     np.testing.assert_allclose(
-        jitted_weights(gradients, **given_), raw / np.abs(raw).sum(), rtol=1e-6
+        jitted_weights(gradients, lam=2.0, mu=1.0), raw / np.abs(raw).sum(), rtol=1e-6
     )
     positive = np.maximum(raw, 0)
     np.testing.assert_allclose(
-        jitted_weights(gradients, **given_, nonnegative=True),
+        jitted_weights(gradients, lam=2.0, mu=1.0, nonnegative=True),
         positive / positive.sum(),
         rtol=1e-6,
     )
@@ -382,7 +377,7 @@ def test_groups_may_be_a_prefix_or_a_callable():
 def test_health_by_hand():
     """Cosines 1/2, -1/2, 1/2 of angles of 60° and 120°; weights as in test_weights_by_hand."""
     gradients = jnp.array([[2.0, 0.0], [1.0, 3.0**0.5], [-2.0, 12.0**0.5], [3.0, 27.0**0.5]])
-    tx = optax_bilevel.bilevel_reweight(2.0, 1.0, num_batches=4)
+    tx: Any = optax_bilevel.bilevel_reweight(2.0, 1.0, num_batches=4)
     _, state = tx.update(gradients, tx.init(None))
     raw = np.array([2 / 3, -4 / 9, 6 / 19])
     normalized = raw / np.abs(raw).sum()
@@ -395,7 +390,7 @@ def test_health_by_hand():
 
 
 def test_the_update_is_the_weighted_sum_and_leaves_validation_out():
-    tx = optax_bilevel.bilevel_reweight(num_batches=9, num_validation=2)
+    tx: Any = optax_bilevel.bilevel_reweight(num_batches=9, num_validation=2)
     update, state = jax.jit(tx.update)(LEAVES, tx.init(None))
     assert (state.weights[:2] == 0).all()
     assert_close(update, [np.tensordot(state.weights, x, 1) for x in LEAVES])

@@ -1,10 +1,7 @@
 """On meshes of eight devices, Auto and Explicit: the update of one device, sharded like params."""
 
-# optax types a state as any tree of arrays, and knows no init(None).
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +124,7 @@ def test_a_step_keeps_the_parameters_sharding(axis_type, layout):
 )
 def test_multi_steps(axis_type, layout, option):
     mesh = mesh_of(axis_type)
-    tx = optax_bilevel.bilevel_multi_steps(optax.identity(), K, **OPTIONS[option])
+    tx: Any = optax_bilevel.bilevel_multi_steps(optax.identity(), K, **OPTIONS[option])
     with jax.set_mesh(mesh):
         weights, grads = place(params(), mesh, layout, False), place(stack(), mesh, layout, True)
         updates, state, update = None, tx.init(weights), jax.jit(tx.update)
@@ -181,5 +178,5 @@ def test_collective_beside_an_axis_left_to_the_compiler():
         "bias": jax.device_put(grads["bias"], NamedSharding(mesh, P("k", "model"))),
         "gain": jax.device_put(grads["gain"], NamedSharding(mesh, P("k"))),
     }
-    tx = optax_bilevel.bilevel_reweight()
+    tx: Any = optax_bilevel.bilevel_reweight()
     assert_close(jax.jit(mapped)(placed), jax.jit(tx.update)(grads, tx.init(None))[0])
