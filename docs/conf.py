@@ -30,7 +30,6 @@ extensions = [
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 autodoc_typehints = "none"
 default_role = "py:obj"  # `name` in a docstring
 napoleon_attr_annotations = False
