@@ -254,6 +254,7 @@ def draw_rows(title: str, rows: dict[str, Any], curves: Runs, same_data: bool) -
         if beside:
             axes["paper"].set_yticks(range(len(rows)), [""] * len(rows))
             axes["paper"].set_title("the paper's")
+            axes["paper"].margins(x=0.2)  # or the last tick's label is cut
         elif printed:
             marks += ", paper ◇"
         for dots in (ours, axes.get("paper")):

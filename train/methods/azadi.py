@@ -3,8 +3,8 @@
 "Auxiliary image regularization for deep CNNs with noisy labels": the features of every auxiliary
 image are a group, and the norms of what the classifier makes of each group are penalised, so that
 it relies on the features of few images, the reliable ones. With x_i the features of image i (the
-inputs of the last layer), w_k the last layer's weights of class k and |x_i|₀ the number of features
-that are not 0,
+inputs of the last layer), w_k the last layer's weights of class k and ``|x_i|₀`` the number of
+features that are not 0::
 
     R(W) = λ / (n K) · Σ_i Σ_k ‖x_i ∘ w_k‖₂ / √|x_i|₀
 

@@ -1,7 +1,7 @@
 """Bootstrapping: the labels are mixed with what the network itself predicts (Reed et al., 2014).
 
 "Training deep neural networks on noisy labels with bootstrapping", its soft and its hard loss. With
-the given label t (one-hot) and the prediction q = softmax(logits),
+the given label t (one-hot) and the prediction q = softmax(logits)::
 
     soft: -Σ_k [β t_k + (1 - β) q_k] log q_k        (β = 0.95 there)
     hard: -Σ_k [β t_k + (1 - β) z_k] log q_k        (β = 0.8 there), z one-hot at argmax q

@@ -2,7 +2,7 @@
 
 Liu, Niles-Weed, Razavian and Fernandez-Granda, "Early-learning regularization prevents memorization
 of noisy labels" (2020), eqs. (6) and (9). Every example i keeps a target, an average of the
-network's probabilities p at its visits, and the loss draws p towards it:
+network's probabilities p at its visits, and the loss draws p towards it::
 
     t_i ← β t_i + (1 - β) p_i        loss_i = -log p_i,y + λ log(1 - <p_i, t_i>)
 

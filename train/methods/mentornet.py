@@ -3,7 +3,7 @@
 "MentorNet: learning data-driven curriculum for very deep neural networks on corrupted labels".
 The network of that name learns to reproduce the curriculum, which has a closed form; here the
 closed form itself weighs the examples. The loss is 1/n Σ_i v_i ℓ_i, with weights that are constants
-to the gradient and depend on the example's loss ℓ_i and on a moving average of percentiles:
+to the gradient and depend on the example's loss ℓ_i and on a moving average of percentiles::
 
     ℓ_p ← 0.9 ℓ_p + 0.1 · percentile(ℓ of the step, p), from 0
 

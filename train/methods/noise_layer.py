@@ -1,11 +1,11 @@
 """A learnt noise channel behind the softmax (Goldberger and Ben-Reuven, 2017).
 
 "Training deep neural-networks using a noise adaptation layer", the simple version, where the noise
-depends on the true class alone. With p(y = i | x) the network's softmax, the given label z has
+depends on the true class alone. With p(y = i | x) the network's softmax, the given label z has::
 
     p(z = j | x) = Σ_i θ(i, j) p(y = i | x),    θ(i, j) = exp(b_ij) / Σ_l exp(b_il)
 
-and the b_ij are trained with the network, on -log p(z | x). They start at
+and the b_ij are trained with the network, on -log p(z | x). They start at::
 
     b_ij = log(1 - ε) where i = j, and log(ε / (K - 1)) elsewhere
 
