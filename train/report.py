@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from train import arms as arm_loop
 from train import experiments, noise, plots
 from train.arms import Outcome
-from train.config import Config, ConfigError
+from train.config import AUTO, Config, ConfigError
+from train.description import Description
 from train.experiments import runner
 from train.experiments.common import SCALES, Arm, Panel
 from train.files import write_json
@@ -221,6 +222,8 @@ def _others(runs: list[pathlib.Path]) -> Section:
         if finished is not None:
             config = Config.from_json(json.loads((run / "config.json").read_text()))
             key = dataclasses.replace(config, seed=0).digest()
+            if config.network == AUTO:
+                config = dataclasses.replace(config, network=Description.read(run).network)
             groups.setdefault(key, []).append((run, config, finished))
     rows = []
     configs = [group[0][1] for group in groups.values()]

@@ -58,7 +58,7 @@ def done(tmp_path_factory):
         for seed in (0, 1) if arm.label.startswith("noisy") else (0,):
             config = tiny.config(**{**vars(arm.config), "seed": seed})
             trainer.train(config, runs / f"{arm.label}-s{seed}", tiny.options())
-    single = tiny.config(epochs=1, mu=0.5, method="uniform")
+    single = tiny.config(epochs=1, mu=0.5, method="uniform", network="auto")
     trainer.train(single, root / "runs" / "single", tiny.options())
     assert cli.main(["suspects", str(root / "runs" / "single")]) == 0
     with pytest.MonkeyPatch.context() as patch:
