@@ -31,13 +31,13 @@ from train import problem as load
 from train.config import Config
 
 CASES = {
-    f"{dataset}, {name.rpartition('_')[0].replace('_', ' ')} {noise['noise_rate']:.0%}": (
-        dataset,
-        noise["noise"],
-        noise["noise_rate"],
+    f"{title}, {rate:.0%} {words}": (dataset, kind, rate)
+    for dataset, title in (("digits", "digits"), ("fashion_mnist", "Fashion-MNIST"))
+    for kind, rate, words in (
+        ("symmetric", 0.2, "wrong"),
+        ("symmetric", 0.5, "wrong"),
+        ("pair_flip", 0.2, "one class further"),
     )
-    for dataset in suspects.DATA
-    for name, noise in suspects.NOISE.items()
 }
 SIZES = {"digits": (1200, 597), "fashion_mnist": (4000, 2000)}  # training, test
 METHODS = ("plain", "clean", "cleanlearning")

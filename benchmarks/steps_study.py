@@ -69,41 +69,45 @@ _MLP, _NET = Case(), Case(network="resnet_small", examples=1000, epochs=30, lear
 _DIGITS = Case("digits", 1200, epochs=100)
 _CIFARNET = Case(network="cifarnet", examples=1000, epochs=40, seeds=1)
 CASES = {
-    "fashion 4000, mlp, symmetric 50%": _MLP,
-    "fashion 4000, mlp, symmetric 50%, lr 0.01": _MLP._replace(learning_rate=0.01),
-    "fashion 4000, mlp, symmetric 50%, lr 0.1": _MLP._replace(learning_rate=0.1),
-    "fashion 4000, mlp, symmetric 50%, cosine": _MLP._replace(schedule="cosine"),
-    "fashion 4000, mlp, symmetric 50%, adamw": _MLP._replace(optimizer="adamw", learning_rate=1e-3),
-    "fashion 4000, mlp, symmetric 50%, adamw lr 0.0001": _MLP._replace(
+    "Fashion-MNIST 4,000, MLP, 50% wrong": _MLP,
+    "Fashion-MNIST 4,000, MLP, 50% wrong, learning rate 0.01": _MLP._replace(learning_rate=0.01),
+    "Fashion-MNIST 4,000, MLP, 50% wrong, learning rate 0.1": _MLP._replace(learning_rate=0.1),
+    "Fashion-MNIST 4,000, MLP, 50% wrong, cosine": _MLP._replace(schedule="cosine"),
+    "Fashion-MNIST 4,000, MLP, 50% wrong, AdamW": _MLP._replace(
+        optimizer="adamw", learning_rate=1e-3
+    ),
+    "Fashion-MNIST 4,000, MLP, 50% wrong, AdamW, learning rate 0.0001": _MLP._replace(
         optimizer="adamw", learning_rate=1e-4
     ),
-    "fashion 4000, mlp, clean": _MLP._replace(rate=0.0),
-    "fashion 4000, mlp, clean, adamw": _MLP._replace(
+    "Fashion-MNIST 4,000, MLP, clean": _MLP._replace(rate=0.0),
+    "Fashion-MNIST 4,000, MLP, clean, AdamW": _MLP._replace(
         rate=0.0, optimizer="adamw", learning_rate=1e-3
     ),
-    "fashion 4000, mlp, symmetric 20%": _MLP._replace(rate=0.2),
-    "fashion 4000, mlp, symmetric 80%": _MLP._replace(rate=0.8),
-    "fashion 4000, mlp, pair flip 40%": _MLP._replace(noise="pair_flip", rate=0.4),
-    "fashion 4000, mlp, network 40%": _MLP._replace(noise="network", rate=0.4),
-    "fashion 600, mlp, symmetric 50%": _MLP._replace(examples=600, epochs=30, learning_rate=0.1),
-    "fashion 10000, mlp, symmetric 50%": _MLP._replace(examples=10_000, epochs=107),
-    "digits, mlp, symmetric 50%": _DIGITS,
-    "digits, mlp, clean": _DIGITS._replace(rate=0.0),
-    "fashion 600, resnet_small, symmetric 50%": _NET._replace(examples=600, learning_rate=0.1),
-    "fashion 1000, resnet_small, symmetric 50%": _NET,
-    "fashion 1000, resnet_small, symmetric 50%, lr 0.01": _NET._replace(
+    "Fashion-MNIST 4,000, MLP, 20% wrong": _MLP._replace(rate=0.2),
+    "Fashion-MNIST 4,000, MLP, 80% wrong": _MLP._replace(rate=0.8),
+    "Fashion-MNIST 4,000, MLP, 40% one class further": _MLP._replace(noise="pair_flip", rate=0.4),
+    "Fashion-MNIST 4,000, MLP, 40% by a network": _MLP._replace(noise="network", rate=0.4),
+    "Fashion-MNIST 600, MLP, 50% wrong": _MLP._replace(examples=600, epochs=30, learning_rate=0.1),
+    "Fashion-MNIST 10,000, MLP, 50% wrong": _MLP._replace(examples=10_000, epochs=107),
+    "digits, MLP, 50% wrong": _DIGITS,
+    "digits, MLP, clean": _DIGITS._replace(rate=0.0),
+    "Fashion-MNIST 600, small residual network, 50% wrong": _NET._replace(
+        examples=600, learning_rate=0.1
+    ),
+    "Fashion-MNIST 1,000, small residual network, 50% wrong": _NET,
+    "Fashion-MNIST 1,000, small residual network, 50% wrong, learning rate 0.01": _NET._replace(
         learning_rate=0.01, seeds=1
     ),
-    "fashion 1000, resnet_small, symmetric 50%, adamw": _NET._replace(
+    "Fashion-MNIST 1,000, small residual network, 50% wrong, AdamW": _NET._replace(
         optimizer="adamw", learning_rate=1e-3, seeds=1
     ),
-    "fashion 1000, resnet_small, clean": _NET._replace(rate=0.0),
-    "fashion 1000, resnet_small, pair flip 40%": _NET._replace(
+    "Fashion-MNIST 1,000, small residual network, clean": _NET._replace(rate=0.0),
+    "Fashion-MNIST 1,000, small residual network, 40% one class further": _NET._replace(
         noise="pair_flip", rate=0.4, seeds=1
     ),
-    "fashion 1000, cifarnet, symmetric 50%": _CIFARNET,
-    "fashion 1000, cifarnet, clean": _CIFARNET._replace(rate=0.0),
-    "fashion 600, preact_resnet18, symmetric 50%": _NET._replace(
+    "Fashion-MNIST 1,000, CifarNet, 50% wrong": _CIFARNET,
+    "Fashion-MNIST 1,000, CifarNet, clean": _CIFARNET._replace(rate=0.0),
+    "Fashion-MNIST 600, PreActResNet-18, 50% wrong": _NET._replace(
         network="preact_resnet18", examples=600, epochs=20, seeds=1
     ),
 }

@@ -86,8 +86,8 @@ def test_the_figures_are_those_of_the_study():
 
     cases = json.loads((ROOT / "docs/results/steps.json").read_text())
     for case, row in (
-        ("fashion 4000, mlp, symmetric 50%", "MLP, 4,000 images: plain training"),
-        ("fashion 1000, resnet_small, symmetric 50%", "residual network"),
+        ("Fashion-MNIST 4,000, MLP, 50% wrong", "MLP, 4,000 images: plain training"),
+        ("Fashion-MNIST 1,000, small residual network, 50% wrong", "residual network"),
     ):
         plain = TEXT[TEXT.index(row) :]
         coherent = plain[plain.index("**coherent steps**") :]
