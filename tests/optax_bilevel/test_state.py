@@ -8,10 +8,6 @@ for equal gradients is that gradient). Left out: `test_microbatch_with_explicit_
 rate).
 """
 
-# optax types a state as any tree of arrays, and knows no init(None).
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-
 import functools
 import os
 from typing import Any, NamedTuple
@@ -44,7 +40,7 @@ def gradients(stacked, seed=0):
 class Case(NamedTuple):
     """A transformation, whether it takes a stack, and what its `update` is told beside it."""
 
-    tx: optax.GradientTransformationExtraArgs
+    tx: optax.GradientTransformation
     stacked: bool
     extra: dict[str, Any]
 
@@ -65,7 +61,7 @@ def stacks(k):
     return optax.stateless(update)
 
 
-ALIGNMENT = {"alignment": np.float32([-1.0, 2.0, np.nan])}
+ALIGNMENT = {"alignment": np.asarray([-1.0, 2.0, np.nan], np.float32)}
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 injected = optax.inject_hyperparams
 CASES = {
@@ -140,7 +136,7 @@ def check_types(case, update):
 @every
 def test_state_keeps_its_type(case):
     """And is compiled for once."""
-    update = jax.jit(lambda *arguments: case.update(*arguments))
+    update: Any = jax.jit(lambda *arguments: case.update(*arguments))
     check_types(case, update)
     assert update._cache_size() == 1
 
@@ -162,7 +158,7 @@ def test_init_under_jit_and_on_abstract_parameters(case):
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if "losses_fn" not in c.extra])
 def test_parameters_may_be_left_out(name):
     case = CASES[name]
-    update = jax.jit(lambda *arguments: case.update(*arguments))
+    update: Any = jax.jit(lambda *arguments: case.update(*arguments))
     if name in ("coherent injected", "in MultiSteps", "coherent in MultiSteps"):
         pytest.skip("optax's own weight decay and MultiSteps want them")
     state = case.tx.init(params())
