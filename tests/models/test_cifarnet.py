@@ -58,7 +58,7 @@ def test_initial_weights():
 
 def test_unknown_variant():
     with pytest.raises(ValueError, match="variants 'zhang' and 'slim', got 'keras'"):
-        CifarNet(10, (28, 28, 3), variant="keras", rngs=nnx.Rngs(0))  # pyright: ignore
+        CifarNet(10, (28, 28, 3), variant="keras", rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
 
 
 def test_dropout_follows_the_key():
