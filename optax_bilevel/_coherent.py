@@ -108,7 +108,7 @@ def coherent_steps(
     none finite, n = 0, or a direction of zeros     the step size stays as it was
     losses [n, tokens]                              every entry counts as an example
     NaN or Inf in a proposed update                 passed on as it is; not in the direction
-    Python floats as parameters                     taken for arrays
+    Python floats as parameters or gradients        taken for arrays
     integer, key, bool or function leaves           an error in ``init`` that names the leaf
     bfloat16, float16                               sums and direction in float32
     the same leaves in another container            compared leaf by leaf
@@ -164,6 +164,7 @@ def coherent_steps(
         alignment: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
+        updates = _tree.as_arrays(updates)
         _validate.held_out(losses_fn, alignment, params)
         _validate.one_gradient(
             updates, state.direction, "coherent_steps takes an ordinary gradient, of one batch"

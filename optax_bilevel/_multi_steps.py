@@ -82,10 +82,12 @@ def bilevel_multi_steps(
         [-1. -1.]
     """
     rule = _validate.rule(lam, mu, num_validation, groups, "diagonal", normalize, nonnegative)
+    _validate.at_least("every_k", every_k, 1)
     _validate.enough(f"every_k = {every_k} calls", every_k, num_validation)
     inner = optax.with_extra_args_support(opt)
 
     def init_fn(params: PyTree) -> Any:
+        params = _tree.as_arrays(params)
         _validate.parameters(params)
         grouping = _tree.resolve_groups(params, groups)
 
@@ -121,6 +123,7 @@ def bilevel_multi_steps(
         params: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
+        updates = _tree.as_arrays(updates)
         _validate.one_gradient(
             updates,
             state.total,

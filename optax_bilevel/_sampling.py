@@ -1,10 +1,11 @@
-"""Mini-batches with the same labels, which the paper's rule needs; NumPy alone."""
+"""Mini-batches with the same labels, which the paper's rule needs; in NumPy."""
 
-import numbers
 import warnings
 from typing import Any, Self
 
 import numpy as np
+
+from optax_bilevel import _validate
 
 
 class _Epochs:
@@ -82,8 +83,7 @@ def stratified_batches(labels: Any, k: int, b: int, *, seed: int) -> _Epochs:
             f"labels must be a vector of integers, got shape {labels.shape} of {labels.dtype}"
         )
     for name, value, least in (("k", k, 2), ("b", b, 1), ("seed", seed, 0)):
-        if not isinstance(value, numbers.Integral) or int(value) < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value}")
+        _validate.at_least(name, value, least)
     values, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     tuples = int(np.sum(counts // k))
     small = ", ".join(map(str, values[counts < k]))

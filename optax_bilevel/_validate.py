@@ -3,14 +3,15 @@
 Values are checked where they are concrete numbers; traced ones pass.
 """
 
-import math
 import numbers
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from optax_bilevel import _mesh, _rule
 from optax_bilevel._mesh import AxisName
@@ -30,15 +31,14 @@ trained on, another one every step"""
 
 def positive(name: str, value: Any, more: str = "") -> None:
     """Raises ValueError for a concrete number that is not positive and finite."""
-    if isinstance(value, numbers.Real) and not 0 < float(value) < math.inf:
+    if not isinstance(value, Tracer) and not np.all((np.real(value) > 0) & np.isfinite(value)):
         raise ValueError(f"{name} must be a positive finite number, got {value}{more}")
 
 
 def at_least(name: str, value: Any, least: int) -> None:
     """Raises ValueError for a concrete number that is no integer or is too small."""
-    if isinstance(value, numbers.Real) and not (
-        isinstance(value, numbers.Integral) and int(value) >= least
-    ):
+    is_integer = isinstance(value, numbers.Integral)
+    if not isinstance(value, jax.Array) and not (is_integer and int(value) >= least):
         raise ValueError(f"{name} must be an integer of at least {least}, got {value}")
 
 
@@ -328,10 +328,12 @@ def direction(direction: PyTree, params: PyTree) -> PyTree:
 
 def losses(
     losses: Any,
-    name: str = "loss_fn's losses",
+    name: str = "the losses",
     wanted: str = "the losses of the examples, [n], before their mean",
 ) -> None:
     """Raises ValueError unless these are real numbers of examples, of at least one axis."""
+    if not hasattr(losses, "dtype") and not isinstance(losses, numbers.Number):
+        raise ValueError(f"{name} are no array but a {type(losses).__name__}: expected {wanted}")
     shape, dtype = jnp.shape(losses), jnp.result_type(losses)
     if not shape:
         raise ValueError(f"{name} are one scalar: expected {wanted}")
@@ -357,9 +359,7 @@ def held_out(losses_fn: Any, alignment: Any, params: PyTree) -> None:
             f"{TWO_LINES}"
         )
     elif params is None:
-        raise ValueError(
-            "coherent_steps needs the parameters: tx.update(grads, state, params, ...)"
-        )
+        raise ValueError("coherent_steps needs the parameters: tx.update(grads, state, params)")
 
 
 # -------------------------------------------------------------------------------------- devices

@@ -863,6 +863,8 @@ def test_without_held_out_examples():
         ((0,), {"losses_fn": np.ones(2)}, "losses_fn must be a function of the parameters, got nd"),
         ((0,), {"losses_fn": jnp.sum}, r"losses are one scalar: .*\[n\], before their mean"),
         ((0,), {"losses_fn": lambda p: p > 0}, "losses have dtype bool: expected real floating"),
+        ((0,), {"losses_fn": lambda p: (p, 1)}, "losses are no array but a tuple: expected the"),
+        ((0,), {"losses_fn": lambda p: None}, "losses are no array but a NoneType: expected the"),
         ((), {"alignment": np.float32(1)}, r"alignment are one scalar: .* by example_alignment"),
         ((), {"alignment": np.ones(2, int)}, "alignment have dtype int.*: expected real floating"),
     ],
@@ -882,7 +884,7 @@ def test_stacked_gradients():
         tx.update({"w": jnp.ones((4, 2))}, tx.init(params), params, alignment=jnp.ones(3))
 
 
-@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf])
+@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf, np.array(-100.0), jnp.float32(-100)])
 def test_total_steps_out_of_range(value):
     with pytest.raises(ValueError, match="total_steps must be a positive finite number, got"):
         optax_bilevel.coherent_steps(MOMENTUM, total_steps=value)

@@ -203,7 +203,9 @@ every_factory = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTO
 
 
 @every_factory
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), np.float32(0)])
+@pytest.mark.parametrize(
+    "value", [0, -1.0, float("nan"), float("inf"), np.float32(0), np.array(-1.0), jnp.array(-1.0)]
+)
 @pytest.mark.parametrize(("name", "default"), [("lam", 1.0), ("mu", 0.01)])
 def test_hyper_parameters_out_of_range(factory, name, default, value):
     message = (
@@ -219,6 +221,25 @@ def test_num_validation_out_of_range(factory, value):
     message = f"num_validation must be an integer of at least 1, got {value}"
     with pytest.raises(ValueError, match=message):
         factory(num_validation=value)
+
+
+def test_half_a_mini_batch():
+    with pytest.raises(ValueError, match=r"every_k must be an integer of at least 1, got 2\.5"):
+        optax_bilevel.bilevel_multi_steps(optax.sgd(1.0), 2.5)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["bilevel_multi_steps", "coherent_steps"])
+def test_python_floats_are_parameters_and_gradients(name):
+    alignment = {"alignment": jnp.ones(2)} if name == "coherent_steps" else {}
+    opt = optax.sgd(0.5)
+    tx: Any = (
+        optax_bilevel.coherent_steps(opt)
+        if alignment
+        else optax_bilevel.bilevel_multi_steps(opt, 2)
+    )
+    updates, state = tx.update({"w": 1.0}, tx.init({"w": 2.0}), {"w": 2.0}, **alignment)
+    updates, _ = tx.update({"w": 1.0}, state, {"w": 2.0}, **alignment)
+    np.testing.assert_allclose(updates["w"], -0.5, rtol=0.1)
 
 
 @every_factory
