@@ -1,7 +1,6 @@
 """What a data set is to the trainer."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -162,14 +161,3 @@ class _Chosen:
                     images.append(source.__getitems__(numbers.tolist()))
             start += len(chosen)
         return np.concatenate(images)[np.argsort(np.concatenate(places))]
-
-
-def require(path: pathlib.Path, remedy: str) -> pathlib.Path:
-    """Returns the path if it exists.
-
-    Raises:
-        DataNotFoundError: if it does not; the message ends with `remedy`.
-    """
-    if not path.exists():
-        raise DataNotFoundError(f"{path} does not exist. {remedy}")
-    return path
