@@ -45,6 +45,22 @@ def test_costs_little_beyond_optax():
     assert min(float(run(program)) for _ in range(3)) < 0.06
 
 
+def test_packages_import_one_way():
+    """train -> models, optax_bilevel; these import none of the others."""
+    ours = {"optax_bilevel", "models", "train"}
+    found = {}
+    for package in ours:
+        names = set()
+        for file in ROOT.glob(f"{package}/**/*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module:
+                    names.add(node.module.split(".")[0])
+                elif isinstance(node, ast.Import):
+                    names |= {alias.name.split(".")[0] for alias in node.names}
+        found[package] = names & ours - {package}
+    assert found == {"optax_bilevel": set(), "models": set(), "train": {"models", "optax_bilevel"}}
+
+
 @pytest.mark.parametrize("name", optax_bilevel.__all__)
 def test_public_names_are_documented(name):
     assert len(inspect.getdoc(getattr(optax_bilevel, name)) or "") > 100

@@ -310,10 +310,10 @@ def label(method: str) -> str:
     return "bilevel, k = 32" if method == "bilevel_k32" else STYLES.get(method, (method,))[0]
 
 
-def gains(table: dict[str, Any], method: str, rival: str) -> list[float]:
-    """By how much a method's last epoch is above a rival stopped in time, in each noisy case."""
+def gains(table: dict[str, Any], method: str, rival: str, at: str = "last") -> list[float]:
+    """By how much a method, `at` which epoch, is above a rival stopped in time, by noisy case."""
     return [
-        rows[method]["last"]["mean"] - rows[rival]["stopped"]["mean"]
+        rows[method][at]["mean"] - rows[rival]["stopped"]["mean"]
         for case, rows in _by_case(table).items()
         if method in rows and rival in rows and _is_noisy(case)
     ]
@@ -326,6 +326,11 @@ def _by_case(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
         case, method = name.split("/")
         cases.setdefault(case, {})[method] = row
     return cases
+
+
+def clean_cases(table: dict[str, Any]) -> list[dict[str, Any]]:
+    """METHOD -> row, of every case with clean labels."""
+    return [rows for case, rows in _by_case(table).items() if not _is_noisy(case)]
 
 
 def _is_noisy(case: str) -> bool:
