@@ -184,7 +184,7 @@ def tiny_folder(folder, *, seed=0, count=72):
 
 def tiny(root, *more):
     return call(
-        "clean", root / "mine", "--out", root / "out", "--epochs", 20, "--learning-rate", 0.1,
+        "clean", root / "mine", "--out", root / "out", "--epochs", 20, "--learning-rate", 0.05,
         "--devices", 1, *more,
     )  # fmt: skip
 
