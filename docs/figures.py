@@ -101,11 +101,7 @@ def practice() -> None:
         f"{mean(mixup):.1f} above mixup, at most {-min(elr + gce + mixup):.1f} below any",
     )
     readme = (_DOCS.parent / "README.md").read_text(encoding="utf-8")
-    _states(
-        readme,
-        f"Take both: their last epoch is {mean(elr):.1f} points above ELR stopped in time, in the "
-        "mean",
-    )
+    _states(readme, f"Take both: on average {mean(elr):.1f} points above ELR stopped in time")
     steps = [case for case in _load("steps.json").values() if not case["case"]["rate"]]
     pairs = [
         *((case["coherent"], case["plain"]) for case in steps),

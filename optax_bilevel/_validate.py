@@ -332,7 +332,7 @@ def losses(
     wanted: str = "the losses of the examples, [n], before their mean",
 ) -> None:
     """Raises ValueError unless these are real numbers of examples, of at least one axis."""
-    if not hasattr(losses, "dtype") and not isinstance(losses, numbers.Number):
+    if not jax.tree_util.all_leaves([losses]):
         raise ValueError(f"{name} are no array but a {type(losses).__name__}: expected {wanted}")
     shape, dtype = jnp.shape(losses), jnp.result_type(losses)
     if not shape:
