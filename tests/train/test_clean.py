@@ -350,7 +350,7 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(once, tmp_path):
     shutil.copytree(once / "mine", tmp_path / "mine")
     command = [
         sys.executable, "-m", "train", "clean", "mine", "--out", "out", "--epochs", "20",
-        "--learning-rate", "0.1", "--devices", "1",
+        "--learning-rate", "0.05", "--devices", "1",
         "--checkpoint-seconds", "0",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **compiled_once()}
