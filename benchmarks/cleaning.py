@@ -14,7 +14,6 @@ in percent; `seconds` are of CPU time, as multiples of one plain training's. Nee
 import dataclasses
 import json
 import pathlib
-import statistics
 import tempfile
 import time
 from typing import Annotated, Any
@@ -30,14 +29,16 @@ from train import arms, clean, data, noise, sampler, trainer
 from train import problem as load
 from train.config import Config
 
+TITLES = {"digits": "digits", "fashion_mnist": "Fashion-MNIST"}
+WORDS = {"symmetric": "wrong", "pair_flip": "one class further"}
 CASES = {
-    f"{title}, {rate:.0%} {words}": (dataset, kind, rate)
-    for dataset, title in (("digits", "digits"), ("fashion_mnist", "Fashion-MNIST"))
-    for kind, rate, words in (
-        ("symmetric", 0.2, "wrong"),
-        ("symmetric", 0.5, "wrong"),
-        ("pair_flip", 0.2, "one class further"),
+    f"{TITLES[dataset]}, {noise['noise_rate']:.0%} {WORDS[noise['noise']]}": (
+        dataset,
+        noise["noise"],
+        noise["noise_rate"],
     )
+    for dataset in suspects.DATA
+    for noise in suspects.NOISE.values()
 }
 SIZES = {"digits": (1200, 597), "fashion_mnist": (4000, 2000)}  # training, test
 METHODS = ("plain", "clean", "cleanlearning")
@@ -150,17 +151,11 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         row: dict[str, Any] = {"seeds": [cell["seed"] for cell in found]}
         for method in METHODS:
-            values = {
-                "test": [cell[method]["test"] for cell in found],
-                "seconds": [cell[method]["seconds"] / cell["plain"]["seconds"] for cell in found],
-            }
-            row[method] = {
-                figure: {
-                    "mean": round(statistics.fmean(x), 2),
-                    "std": round(statistics.stdev(x) if len(x) > 1 else 0.0, 2),
-                }
-                for figure, x in values.items()
-            }
+            results = [
+                {**cell[method], "seconds": cell[method]["seconds"] / cell["plain"]["seconds"]}
+                for cell in found
+            ]
+            row[method] = arms.rounded(results, ("test", "seconds"))
         table[case] = row
     return table
 

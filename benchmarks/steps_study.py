@@ -303,14 +303,7 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 runs[key] for s in range(case.seeds) if (key := f"{name}/{method}/{s}") in runs
             ]
             if found:
-                values = {x: np.array([figures[x] for figures in found]) for x in FIGURES}
-                methods[method] = {
-                    x: {
-                        "mean": round(float(v.mean()), 2),
-                        "std": round(float(v.std(ddof=1)), 2) if len(v) > 1 else 0.0,
-                    }
-                    for x, v in values.items()
-                } | {"seeds": len(found)}
+                methods[method] = arms.rounded(found, FIGURES) | {"seeds": len(found)}
         if methods:
             table[name] = methods | {"case": case._asdict()}
     return table

@@ -141,7 +141,7 @@ def _of_arms(text: str) -> None:
 
 def _coherent_steps(page: str, cases: list[dict[str, Any]]) -> None:
     noisy = [case for case in cases if case["case"]["rate"]]
-    clean = [case for case in cases if case not in noisy]
+    clean = [case for case in cases if not case["case"]["rate"]]
     for what, words in (
         ("last", "In {} of {} cases with wrong labels"),
         ("stopped", "in {} of {} cases at least what held-out labels stop SGD at"),

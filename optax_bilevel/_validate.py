@@ -359,7 +359,7 @@ def held_out(losses_fn: Any, alignment: Any, params: PyTree) -> None:
             f"{TWO_LINES}"
         )
     elif params is None:
-        raise ValueError("coherent_steps needs the parameters: tx.update(grads, state, params)")
+        raise ValueError("coherent_steps needs the parameters: tx.update(grads, state, params, …)")
 
 
 # -------------------------------------------------------------------------------------- devices

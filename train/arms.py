@@ -2,7 +2,7 @@
 
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -101,6 +101,14 @@ def over_seeds(results: list[dict[str, Any]], names: Iterable[str]) -> dict[str,
             row[f"{name}_mean"] = statistics.fmean(values)
             row[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
     return row
+
+
+def rounded(results: list[dict[str, Any]], names: Collection[str]) -> dict[str, dict[str, float]]:
+    """`over_seeds` as JSON tables have it: name -> {mean, std}, to hundredths."""
+    row = over_seeds(results, names)
+    return {
+        name: {part: round(row[f"{name}_{part}"], 2) for part in ("mean", "std")} for name in names
+    }
 
 
 def in_words(result: dict[str, Any]) -> str:

@@ -45,19 +45,29 @@ def test_costs_little_beyond_optax():
     assert min(float(run(program)) for _ in range(3)) < 0.06
 
 
+def imports_of(file: pathlib.Path) -> list[str]:
+    """All modules that a file imports, or imports from."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return names
+
+
 def test_packages_import_one_way():
     """train -> models, optax_bilevel; these import none of the others."""
     ours = {"optax_bilevel", "models", "train"}
-    found = {}
-    for package in ours:
-        names = set()
-        for file in ROOT.glob(f"{package}/**/*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.ImportFrom) and node.module:
-                    names.add(node.module.split(".")[0])
-                elif isinstance(node, ast.Import):
-                    names |= {alias.name.split(".")[0] for alias in node.names}
-        found[package] = names & ours - {package}
+    found = {
+        package: {
+            name.partition(".")[0]
+            for file in ROOT.glob(f"{package}/**/*.py")
+            for name in imports_of(file)
+        }
+        & ours - {package}
+        for package in ours
+    }
     assert found == {"optax_bilevel": set(), "models": set(), "train": {"models", "optax_bilevel"}}
 
 
@@ -109,8 +119,6 @@ def test_imports_run_one_way():
 def test_only_jax_optax_and_numpy_are_imported():
     known = {"jax", "optax", "numpy", "optax_bilevel"} | set(sys.stdlib_module_names)
     for path in PACKAGE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert {name.partition(".")[0] for name in names} <= known, path
-            assert not any(name.startswith("jax.extend") for name in names), path
+        names = imports_of(path)
+        assert {name.partition(".")[0] for name in names} <= known, path
+        assert not any(name.startswith("jax.extend") for name in names), path

@@ -228,17 +228,16 @@ def test_half_a_mini_batch():
         optax_bilevel.bilevel_multi_steps(optax.sgd(1.0), 2.5)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", ["bilevel_multi_steps", "coherent_steps"])
-def test_python_floats_are_parameters_and_gradients(name):
-    alignment = {"alignment": jnp.ones(2)} if name == "coherent_steps" else {}
-    opt = optax.sgd(0.5)
-    tx: Any = (
-        optax_bilevel.coherent_steps(opt)
-        if alignment
-        else optax_bilevel.bilevel_multi_steps(opt, 2)
-    )
-    updates, state = tx.update({"w": 1.0}, tx.init({"w": 2.0}), {"w": 2.0}, **alignment)
-    updates, _ = tx.update({"w": 1.0}, state, {"w": 2.0}, **alignment)
+@pytest.mark.parametrize(
+    ("tx", "held_out"),
+    [
+        (optax_bilevel.bilevel_multi_steps(optax.sgd(0.5), 2), {}),
+        (optax_bilevel.coherent_steps(optax.sgd(0.5)), {"alignment": jnp.ones(2)}),
+    ],
+)
+def test_python_floats_are_parameters_and_gradients(tx: Any, held_out):
+    _, state = tx.update({"w": 1.0}, tx.init({"w": 2.0}), {"w": 2.0}, **held_out)
+    updates, _ = tx.update({"w": 1.0}, state, {"w": 2.0}, **held_out)
     np.testing.assert_allclose(updates["w"], -0.5, rtol=0.1)
 
 

@@ -230,14 +230,11 @@ def collect(root: pathlib.Path, scale: Scale = "laptop") -> dict[str, Any]:
         if not finished or arm.label == "teacher":
             continue
         results = [result for result, _ in finished.values()]
-        row = arms.over_seeds(results, FIGURES.values())
+        figures = arms.rounded(results, FIGURES.values())
         case = arm.label.removesuffix(f"-{arm.series}")
         table[f"{case}/{arm.series}"] = {
             "title": arm.panel.title,
-            **{
-                name: {part: round(row[f"{figure}_{part}"], 2) for part in ("mean", "std")}
-                for name, figure in FIGURES.items()
-            },
+            **{name: figures[figure] for name, figure in FIGURES.items()},
             "seeds": list(finished),
             "command": choice.command(arm, tuple(finished)),
         }
