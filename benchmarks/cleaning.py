@@ -3,9 +3,9 @@
     python -m benchmarks.cleaning --data-dir FASHION_MNIST [--seeds 0 1 2]
 
 Both get the same pictures, some filed wrongly, and the same network, epochs, batches and learning
-rate: `clean` trains by coherent steps, ranks, and trains again without the labels that look wrong;
-`cleanlab.classification.CleanLearning`, around plain SGD, trains on four fifths five times to
-predict the other fifth, and then on what `find_label_issues` leaves. Writes
+rate: `clean` trains by coherent steps, ranks, and trains further without the labels that look
+wrong; `cleanlab.classification.CleanLearning`, around plain SGD, trains on four fifths five times
+to predict the other fifth, and then on what `find_label_issues` leaves. Writes
 ``docs/results/cleaning.json``: CASE -> {METHOD: {test, seconds: {mean, std}}, seeds}, test accuracy
 in percent; `seconds` are of CPU time, as multiples of one plain training's. Needs the extra
 ``peers``. Finished cells are kept in ``runs/cleaning.jsonl``.

@@ -4,7 +4,7 @@ DIR/choices.json                            the options
 DIR/first/                                  the run on all labels
 DIR/suspects.csv, suspects.html, labels.csv its ranking, a page of the worst, what is left
 DIR/ranked.json                             says that these are complete
-DIR/second/                                 the run on what is left
+DIR/second/                                 the same network, trained further on what is left
 DIR/model/                                  its network, as `export` writes it
 DIR/summary.json                            the figures
 """
@@ -42,6 +42,7 @@ TABLE, PAGE, LABELS = "suspects.csv", "suspects.html", "labels.csv"
 _PICTURES_SHOWN = 200
 _K, _B = 8, 8  # mini-batches of a step, examples of each where there are enough
 _STEPS, _FEWEST, _MOST = 800, 20, 100  # of a training: steps, and bounds of its epochs
+_FURTHER = 1 / 4  # as long as the first training is the second: docs/results.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Clean:
        labels that the held-out ones contradict.
     2. suspects.csv, suspects.html, labels.csv: ranks all labels by how wrong they look, shows the
        worst on a page, and lists the labels without those that look wrong (score above 0).
-    3. second/: trains a network anew on that list, with the same pictures held back.
+    3. second/: trains that network further on the list, a quarter as long, with the same pictures
+       held back.
     4. model/: that network by itself, for `predict`; summary.json: the figures.
 
     No picture is moved or changed. Start the same command again to go on after an interruption:
@@ -86,8 +88,8 @@ class Clean:
     epochs: Annotated[
         int | None,
         Help(
-            help=f"passes over the pictures, in either training; none: about {_STEPS} steps, from "
-            f"{_FEWEST} to {_MOST} passes"
+            help=f"passes over the pictures, in the first training; none: about {_STEPS} steps, "
+            f"from {_FEWEST} to {_MOST} passes"
         ),
     ] = None
     learning_rate: Annotated[
@@ -134,8 +136,13 @@ def run(clean: Clean, console: Console) -> dict[str, Any]:
             if by_hand:
                 console.print(f"{out / LABELS} has been changed by hand, and is taken as it is")
             labels = str(out.resolve() / LABELS)
-            config = _sized(dataclasses.replace(config, labels=labels), clean.epochs)
+            config = dataclasses.replace(config, labels=labels, network=first.network)
+            config = _sized(config, clean.epochs)
             second = trainer.load_problem(config)
+            if _fits(first, second):  # not where a list of one's own has other classes
+                epochs = math.ceil(_FURTHER * config.epochs)
+                begun = str(out.resolve() / FIRST)
+                config = dataclasses.replace(config, pretrained=begun, epochs=epochs)
             if _changes(out / SECOND, second):
                 _remove(out, SUMMARY, MODEL, SECOND)
             _train(SECOND, config, second, clean, console)
@@ -262,6 +269,15 @@ def _sized(config: Config, epochs: int | None) -> Config:
     steps = max(1, round((1 - config.held_out) * count / (_K * b)))
     chosen = min(_MOST, max(_FEWEST, math.ceil(_STEPS / steps)))
     return dataclasses.replace(config, k=_K, b=b, epochs=chosen if epochs is None else epochs)
+
+
+def _fits(first: trainer.Problem, second: trainer.Problem) -> bool:
+    """Whether the network of a problem can be trained further on another."""
+    one, other = (
+        (about.class_names, about.image_shape, about.ranges)
+        for about in (first.description, second.description)
+    )
+    return one == other
 
 
 def _train(

@@ -137,6 +137,16 @@ def test_the_second_run_holds_the_same_pictures_out(cleaned):
     assert len(held_out[0]) > len(held_out[1]) > 50
 
 
+def test_the_second_run_trains_the_first_network_further(cleaned):
+    first, second = (json.loads((cleaned / run / "config.json").read_text())
+                     for run in ("first", "second"))  # fmt: skip
+    assert second["pretrained"] == str(cleaned / "first")
+    assert (first["epochs"], second["epochs"]) == (20, 5)
+    # It begins where the first one has ended.
+    began, ended = read_metrics(cleaned / "second")[0], read_metrics(cleaned / "first")[-1]
+    assert began["test"] == pytest.approx(ended["test"], abs=5)
+
+
 def test_the_model_is_right_on_new_pictures_at_the_test_accuracy(cleaned, tmp_path):
     """Of all that there was the model alone is left."""
     shutil.copytree(cleaned / "model", tmp_path / "model")
@@ -249,6 +259,17 @@ def test_a_list_corrected_by_hand_is_trained_on(root, capsys):
     (kept,) = (root / "out").glob("labels.before-*.csv")
     assert kept.read_text() == text
     assert f"{CATS}/cats-2.png" not in listed(root)
+
+
+@pytest.mark.slow
+def test_a_list_with_other_classes_is_trained_on_anew(root):
+    """The first network has no place for a third one."""
+    file = root / "out" / "labels.csv"
+    file.write_text(file.read_text().replace(f"-4.png,{CATS}", "-4.png,foxes"))
+    assert tiny(root) == 0
+    config = json.loads((root / "out" / "second" / "config.json").read_text())
+    assert (config["pretrained"], config["epochs"]) == (None, 20)
+    assert export.load_model(root / "out" / "model").class_names == (CATS, DOGS, "foxes")
 
 
 def test_nothing_old_is_left_while_a_stage_is_done_anew(root, monkeypatch):

@@ -85,6 +85,29 @@ def test_data_that_have_moved_are_the_same_data(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data_dir"] == "there"
 
 
+def test_the_run_that_was_begun_from_may_have_moved_or_been_copied(tmp_path):
+    def begun_from(place):
+        return RunDirectory(tmp_path / "run", Config(pretrained=str(tmp_path / place / "first")))
+
+    def finished(place, accuracy):
+        with RunDirectory(tmp_path / place / "first", Config()) as run:
+            run.append_metrics({"test": accuracy})
+
+    for place in ("here", "copied"):
+        finished(place, 90)
+        with begun_from(place):
+            pass
+    (tmp_path / "copied").rename(tmp_path / "moved")
+    with begun_from("moved"):
+        pass
+    finished("other", 80)  # has the same name and is another run
+    with (
+        pytest.raises(RunDirectoryError, match="pretrained is .*moved.* there"),
+        begun_from("other"),
+    ):
+        pass
+
+
 def test_widths_compare_equal_after_json(tmp_path):
     for _ in range(2):
         with RunDirectory(tmp_path, Config(hidden=(3, 4))):
