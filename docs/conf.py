@@ -33,10 +33,9 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 default_role = "py:obj"  # `name` in a docstring
 napoleon_attr_annotations = False
-napoleon_custom_sections = ["Warns"]
 html_theme = "furo"
 html_theme_options = {"dark_css_variables": {"figure-filter": "invert(.92) hue-rotate(180deg)"}}
-pygments_style, pygments_dark_style = "tango", "monokai"  # removed red, added green
+pygments_style, pygments_dark_style = "default", "monokai"  # removed red, added green
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_math_renderer = "svg"
@@ -61,6 +60,12 @@ def _anchors(app, doctree):
     app.env.metadata[app.env.docname].setdefault("myst_slugs", ids)
 
 
+def _signature(_app, _what, _name, _object, _options, signature, returns):
+    """Defaults that have no literal, <function <lambda>> say, become dots."""
+    return signature and re.sub(r"=<.*?>(?=, |\)$)", "=...", signature), returns
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", _signature)
     app.connect("doctree-read", _unbroken)
     app.connect("doctree-read", _anchors)

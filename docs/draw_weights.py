@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 import optax_bilevel
 
@@ -35,7 +36,7 @@ def main() -> None:
     terms = omega[:, None] * training
     colors = [BLUE if weight > 0 else ORANGE for weight in omega]
 
-    figure = Figure(figsize=(9.6, 4), layout="constrained")
+    figure = Figure(figsize=(9.6, 4), layout=ConstrainedLayoutEngine(h_pad=0.12))  # room for a hat
     left, right = figure.subplots(1, 2)
     left.set(xlim=(-1.5, 1.75), ylim=(-1.3, 1.25))
     left.set_title("Gradients and their weights $\\hat\\omega_i$")

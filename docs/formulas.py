@@ -62,7 +62,8 @@ def _inline(translator, node):
 
 def _block(translator, node):
     formula = node.astext().replace("\\frac", "\\dfrac")
-    translator.body.append(f'<div class="formula">{svg(formula)}</div>')
+    parts = " ".join(svg(part) for part in re.split(r"\\q?quad", formula))  # lines break there
+    translator.body.append(f'<div class="formula">{parts}</div>')
     raise nodes.SkipNode
 
 

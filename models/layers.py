@@ -7,11 +7,11 @@ import jax.numpy as jnp
 def local_response_normalization(
     x: jax.Array, *, radius: int, bias: float, alpha: float, beta: float
 ) -> jax.Array:
-    """Divides each activation by a power of the energy in the channels around it.
+    r"""Divides each activation by a power of the energy in the channels around it.
 
-    With the sum over the channels c' from c - radius to c + radius::
+    With the sum over the channels i from c - radius to c + radius:
 
-        y_c = x_c / (bias + α Σ x_c'²)^β
+    .. math:: y_c = x_c\,/\,(\mathrm{bias} + \alpha\,\sum_i x_i^2)^\beta
 
     as in section 3.3 of Krizhevsky et al., "ImageNet Classification with Deep Convolutional
     Neural Networks" (2012), with the arguments of `tf.nn.lrn`. Caffe divides its alpha by the

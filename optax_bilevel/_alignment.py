@@ -22,13 +22,13 @@ def example_alignment(
     *,
     has_aux: bool = False,
 ) -> Any:
-    """The inner product ⟨∇ℓ_e, v⟩ of every example's gradient with a direction v.
+    r"""The inner product of every example's gradient with a direction v.
 
-    A small step along -v changes the loss of example e by -⟨∇ℓ_e, v⟩ to first order: with a mean
-    gradient as v, a negative value is an example that gets worse as the others get better. With
-    ``state.direction`` of `coherent_steps`, which is a step and no gradient, it is the other way
-    round: a negative value is an example that gains. The inner products of a mini-batch average to
-    the numerator of eq. (10).
+    A small step along -v changes the loss of example e by
+    :math:`-\langle\nabla\ell_e, v\rangle` to first order: with a mean gradient as v, a negative
+    value is an example that gets worse as the others get better. With ``state.direction`` of
+    `coherent_steps`, which is a step and no gradient, it is the other way round: a negative value
+    is an example that gains. Those of a mini-batch average to the numerator of eq. (10).
 
     One `jax.jvp` of `loss_fn` along v, in place of one gradient per example. Each product of a
     layer becomes three, so that it costs two to four forward passes, and it holds the activations
@@ -39,7 +39,7 @@ def example_alignment(
             function of `bilevel_value_and_grad` without the mean at its end. Losses of more axes,
             say [b, tokens], give as many inner products. With `has_aux`, ``-> (losses, aux)``. It
             must have a forward-mode derivative, which a `jax.custom_vjp` inside it has not. Where
-            examples share batch statistics, as batch norm in training mode makes them, ∇ℓ_e is the
+            examples share batch statistics, as batch norm in training mode makes them, it is the
             gradient through these too: evaluation mode keeps examples apart.
         params: parameters, float or complex leaves; `None` leaves are passed by.
         batch: b examples, whatever `loss_fn` takes.

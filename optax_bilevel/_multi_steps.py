@@ -12,14 +12,14 @@ from optax_bilevel._tree import Groups, PyTree
 
 
 class BilevelMultiStepsState(NamedTuple):
-    """State of `bilevel_multi_steps`.
+    r"""State of `bilevel_multi_steps`.
 
     Attributes:
         mini_step: mini-batches seen of the current step, int32 [], 0 right after an update.
         gradient_step: updates applied so far, int32 [].
         inner_state: state of the wrapped optimizer.
-        validation: Σ_{j∈V} g_j of the current step, as params, float32 or wider.
-        total: Σ_i ω_i g_i of the current step, as params, float32 or wider.
+        validation: :math:`\sum_{j\in V} g_j` of the current step, as params, float32 or wider.
+        total: :math:`\sum_i\omega_i g_i` of the current step, as params, float32 or wider.
         dots, sq_norms: inner products of the current step, [groups, k], float32 or wider.
         weights: ω̂ of the last applied step, float32 [k] or [groups, k].
         cosine, negative, effective, dropped: of the last applied step; see `BilevelReweightState`.

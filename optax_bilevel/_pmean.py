@@ -35,9 +35,9 @@ def bilevel_pmean(
 
     Every device along `axis_name` brings the gradient of its own mini-batch; the first
     `num_validation` devices hold the validation mini-batches. All devices get
-    Σ_i ω̂_i g_i of eq. (10) or (8). Moves as many bytes as `jax.lax.pmean` does, and holds two
-    gradient-sized buffers beside the gradient. Works inside `jax.shard_map` and `jax.pmap`.
-    `bilevel_pmean_and_weights` gives ω̂ as well.
+    :math:`\sum_i\hat\omega_i g_i` of eq. (10) or (8). Moves as many bytes as `jax.lax.pmean` does,
+    and holds two gradient-sized buffers beside the gradient. Works inside `jax.shard_map` and
+    `jax.pmap`. `bilevel_pmean_and_weights` gives ω̂ as well.
 
     Args:
         grads: this device's gradients, leaves [\*shape].

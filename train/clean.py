@@ -1,12 +1,14 @@
 """From a folder of pictures, some filed wrongly, to a clean model and the list of wrong labels.
 
-DIR/choices.json                            the options
-DIR/first/                                  the run on all labels
-DIR/suspects.csv, suspects.html, labels.csv its ranking, a page of the worst, what is left
-DIR/ranked.json                             says that these are complete
-DIR/second/                                 the same network, trained further on what is left
-DIR/model/                                  its network, as `export` writes it
-DIR/summary.json                            the figures
+===========================================  ======================================================
+DIR/choices.json                             the options
+DIR/first/                                   the run on all labels
+DIR/suspects.csv, suspects.html, labels.csv  its ranking, a page of the worst, what is left
+DIR/ranked.json                              says that these are complete
+DIR/second/                                  the same network, trained further on what is left
+DIR/model/                                   its network, as `export` writes it
+DIR/summary.json                             the figures
+===========================================  ======================================================
 """
 
 import contextlib
@@ -111,7 +113,7 @@ def run(clean: Clean, console: Console) -> dict[str, Any]:
     Raises:
         ConfigError: if the choices do not fit.
         RunDirectoryError: if the folder was begun with other choices, or is in use.
-        Otherwise as `trainer.load_problem` and `trainer.train`.
+        Exception: otherwise as `trainer.load_problem` and `trainer.train`.
     """
     out = clean.out
     if out.resolve().is_relative_to(clean.folder.resolve()):

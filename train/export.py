@@ -1,9 +1,11 @@
 """A trained network apart from its run: two files that need neither the run nor its data.
 
-model.safetensors   parameters and batch statistics, named as in the module tree:
-                    ``blocks.0.conv1.kernel``
-model.json          which network, its options, the classes in order, the pictures that it takes and
-                    what is done to them, how it was trained, versions
+=================  =================================================================================
+model.safetensors  parameters and batch statistics, named as in the module tree:
+                   ``blocks.0.conv1.kernel``
+model.json         which network, its options, the classes in order, the pictures that it takes and
+                   what is done to them, how it was trained, versions
+=================  =================================================================================
 """
 
 import contextlib

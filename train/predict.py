@@ -62,7 +62,7 @@ def find(places: Iterable[pathlib.Path]) -> tuple[list[files.File], list[files.F
     """Lists pictures: files as they are, and of folders the pictures in them, at any depth.
 
     Returns:
-        ``(pictures, skipped)``: the second are other files in the folders.
+        ``(pictures, skipped)``; the second are other files in the folders.
 
     Raises:
         ConfigError: if no place is given, or one does not exist or holds no picture.

@@ -274,7 +274,7 @@ def write(paths: Sequence[pathlib.Path], out: pathlib.Path, docs: pathlib.Path |
         The number of arms.
 
     Raises:
-        As `read`.
+        ConfigError: as `read`.
     """
     sections = read(paths)
     (out / "figures").mkdir(parents=True, exist_ok=True)

@@ -131,10 +131,10 @@ def measure(suspects: Suspects) -> dict[str, float]:
     """How well the ranking finds the wrong labels, where they are known; in percent.
 
     Returns:
-        ``auc``: area under the ROC curve, the chance that a wrong label ranks before a right one.
-        ``precision``: share of wrong labels among the first m, if m labels are wrong.
-        ``recall``: share of the wrong labels that have a score above 0.
-        ``suggested``: share of the wrong labels whose suggested label is the true one.
+        ``auc``, area under the ROC curve, the chance that a wrong label ranks before a right one;
+        ``precision``, share of wrong labels among the first m, if m labels are wrong;
+        ``recall``, share of the wrong labels that have a score above 0;
+        ``suggested``, share of the wrong labels whose suggested label is the true one.
 
     Raises:
         ValueError: if nobody knows the true labels, or all labels are right, or all wrong.

@@ -24,7 +24,7 @@ NAMES = (
     "figure5",
     "practice",
 )
-"""The names that `load` knows: the paper's in its order, and then our own."""
+"""The names that `load` knows, the paper's in its order, and then our own."""
 
 
 def load(name: str) -> Experiment:

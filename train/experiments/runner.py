@@ -114,7 +114,7 @@ def run(choice: Choice, console: Console) -> dict[str, Any]:
     them; it is written after every run.
 
     Raises:
-        As `train.arms.train_all`.
+        Exception: as `train.arms.train_all`.
     """
     arms, seeds = choice.arms(), choice.all_seeds()
     total = len(arms) * len(seeds)
