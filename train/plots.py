@@ -39,6 +39,10 @@ STYLES = {
     "coherent_mixup": ("coherent + mixup", "#e0559a", "-."),
     "coherent_elr": ("coherent + ELR", "#f0707f", "-."),
     "bilevel_mixup": ("bilevel + mixup", "#7b52cf", "-"),
+    "a) no L1 norm": ("a) no L1 norm", "#a0522d", "-"),
+    "b) ω per layer": ("b) ω per layer", "#3f7f7f", "-"),
+    "c) random sampling": ("c) random sampling", "#8b5f9e", "-"),
+    "d) independent dropout": ("d) independent dropout", "#c46ab0", "-"),
 }
 _MANY = 6  # lines that can be told apart
 _MAIN = ("sgd", "sgd_random", "bilevel", "bilevel_exact", "bilevel_mixup", "coherent")
