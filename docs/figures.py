@@ -114,6 +114,14 @@ def practice() -> None:
         for method in ("coherent", "sgd_random")
     ]
     _states(page, f"{clean[0]} stand beside {clean[1]}")
+    bilevel, sgd, uniform = (
+        f"{table[f'inception-noise50/{method}']['last']['mean']:.1f}"
+        for method in ("bilevel", "sgd_random", "uniform")
+    )
+    _states(page, f"| in part | {bilevel}, SGD {sgd}, but {uniform} without weights |")
+    appendix = _page("appendix_paper.md")
+    _states(appendix, f"SGD ends at {sgd}, eq. (10) at {bilevel}.")
+    _states(appendix, f"ends at {uniform}.")
     rows = _load("cleaning.json").values()
     better = sum(
         row["clean"]["test"]["mean"] >= row["cleanlearning"]["test"]["mean"] for row in rows
