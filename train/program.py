@@ -145,7 +145,8 @@ def _build(
 
     def init(key: jax.Array) -> State:
         if config.weights_file is None:
-            return start(key)
+            # Traced, it is a part of another program, which has options of its own.
+            return (functions.init if isinstance(key, jax.core.Tracer) else start)(key)
         model = functions.create(key)
         assert isinstance(model, models.ResNet50)
         models.load_pretrained(model, config.weights_file, replace_head=num_classes != 1000)
