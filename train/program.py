@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 
 import models
@@ -146,7 +147,7 @@ def _build(
     def init(key: jax.Array) -> State:
         if config.weights_file is None:
             # Traced, it is a part of another program, which has options of its own.
-            return (functions.init if isinstance(key, jax.core.Tracer) else start)(key)
+            return (functions.init if isinstance(key, Tracer) else start)(key)
         model = functions.create(key)
         assert isinstance(model, models.ResNet50)
         models.load_pretrained(model, config.weights_file, replace_head=num_classes != 1000)
