@@ -141,7 +141,8 @@ def run(clean: Clean, console: Console) -> dict[str, Any]:
             config = dataclasses.replace(config, labels=labels, network=first.network)
             config = _sized(config, clean.epochs)
             second = trainer.load_problem(config)
-            if _fits(first, second):  # not where a list of one's own has other classes
+            # Not where a list of one's own has other classes.
+            if _fits(first.description, second.description):
                 epochs = math.ceil(_FURTHER * config.epochs)
                 begun = str(out.resolve() / FIRST)
                 config = dataclasses.replace(config, pretrained=begun, epochs=epochs)
@@ -204,8 +205,8 @@ def chosen(directory: pathlib.Path) -> tuple[export.Epoch, dict[str, Any]]:
 def _as_came(run: trainer.Saved, epoch: export.Epoch, first: trainer.Problem) -> float | None:
     """The accuracy on the held-out part of the first run; None where it was trained on."""
     about, before = run.description, first.description
-    comparable = (about.image_shape, about.ranges) == (before.image_shape, before.ranges)
-    if first.held_out is None or not comparable or set(before.held_out) & set(about.train):
+    trained_on = set(before.held_out) & set(about.train)
+    if first.held_out is None or trained_on or not _same_input(about, before):
         return None
     network = run.network if epoch == "best" else run.state
     scores = trainer.predict(run.program, network, first.held_out)
@@ -273,13 +274,14 @@ def _sized(config: Config, epochs: int | None) -> Config:
     return dataclasses.replace(config, k=_K, b=b, epochs=chosen if epochs is None else epochs)
 
 
-def _fits(first: trainer.Problem, second: trainer.Problem) -> bool:
-    """Whether the network of a problem can be trained further on another."""
-    one, other = (
-        (about.class_names, about.image_shape, about.ranges)
-        for about in (first.description, second.description)
-    )
-    return one == other
+def _fits(one: Description, other: Description) -> bool:
+    """Whether a network for one data set can be trained further on the other."""
+    return one.class_names == other.class_names and _same_input(one, other)
+
+
+def _same_input(one: Description, other: Description) -> bool:
+    """Whether a network for one data set can look at the pictures of the other."""
+    return (one.image_shape, one.ranges) == (other.image_shape, other.ranges)
 
 
 def _train(

@@ -110,12 +110,12 @@ class RunDirectory:
             differ = [name for name in wanted if found[name] != wanted[name]]
             # The data or their list have moved; whether they have changed, data.json says.
             moved = {"data_dir"} if self.description is None else {"data_dir", "labels"}
-            # So may the run that this one started from, or this is a copy beside its copy.
-            old, new = (pathlib.Path(of["pretrained"] or "") for of in (found, wanted))
-            if old.name == new.name and (
-                not old.exists() or read_metrics(old) == read_metrics(new)
-            ):
-                moved.add("pretrained")
+            if "pretrained" in differ:
+                # So may the run that this one started from, or this is a copy beside its copy.
+                old, new = (pathlib.Path(of["pretrained"] or "") for of in (found, wanted))
+                gone = not old.exists()
+                if old.name == new.name and (gone or read_metrics(old) == read_metrics(new)):
+                    moved.add("pretrained")
             differ = [name for name in differ if name not in moved]
             if differ:
                 name = differ[0]
