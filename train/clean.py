@@ -219,22 +219,18 @@ def said(summary: dict[str, Any], out: pathlib.Path) -> Iterator[str]:
     examples, wrong, never = (summary[name] for name in ("examples", "wrong", "never"))
     yield f"{wrong:,} of {examples:,} labels look wrong"
     if wrong:
-        yield (
-            f"surest are {never:,} that no epoch predicted: where truth was known, 84 to 100% of "
-            f"such were wrong, and of the others, here {wrong - never:,}, 30 to 90%"
-        )
+        yield f"  {never:,} of these no epoch predicted: where truth was known, 84 to 100% were wrong"
+        yield f"  of the other {wrong - never:,}, 30 to 90% were"
     before, after, as_came = (
         summary[f"held_out_{name}"] for name in ("before", "after", "after_as_came")
     )
-    yield (
-        f"held-out accuracy: {before:.1f}% before, by the labels as they came; {after:.1f}% after, "
-        "by those that are left"
-    )
+    yield "held-out accuracy:"
+    yield f"  {before:.1f}% before, {after:.1f}% after, where only labels that look right are left"
     if as_came is not None and wrong:
         error = 100 * math.sqrt(before / 100 * (1 - before / 100) / summary["held_out"])
         yield (
-            f"the same by the labels as they came, wrong ones among them: {as_came:.1f}% after; "
-            f"differences of {2 * error:.1f} may be chance"
+            f"  {as_came:.1f}% after by all held-out labels, wrong ones among them; "
+            f"{2 * error:.1f} more or less may be chance"
         )
     if summary["test_before"] is not None and summary["test_after"] is not None:
         yield (

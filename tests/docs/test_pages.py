@@ -22,7 +22,7 @@ def test_code_is_run():
     """Or is of a kind that says that it is not: it wants a network, other machines, hours."""
     run = {"{testcode}", "{testsetup}", "{testcleanup}", "{testoutput}", "{doctest}", "console"}
     not_run = {"diff", "sh", "text"}
-    shown = {"{figure}", "{toctree}", "{include}", "{literalinclude}"}
+    shown = {"{figure}", "{image}", "{toctree}", "{include}", "{literalinclude}"}
     for name, text in PAGES.items():
         kinds = set(re.findall(r"^```([^\s`]+)", text, re.MULTILINE))
         assert kinds <= run | not_run | shown, name

@@ -76,7 +76,9 @@ def test_a_newcomer_finds_the_doors():
     head = TEXT[: TEXT.index("\n## ")]
     for page in ("tutorial_folder", "tutorial_loop", "tutorial_paper", "use_the_network"):
         assert f"docs/{page}.md" in head, page
-    assert "](docs/images/suspects.png)" in TEXT
+    for picture in re.findall(r'(?:src|srcset)="([^"]+)"', TEXT):
+        assert (ROOT / picture).is_file(), picture
+    assert 'src="docs/images/suspects.png"' in TEXT
     for word in ("When not to use it", "PyTorch", "stop early", "arXiv", "CITATION.cff"):
         assert word in TEXT, word
 

@@ -172,7 +172,7 @@ def test_what_is_done_is_not_done_again(cleaned, capsys, monkeypatch):
     assert {name: (cleaned / name).read_bytes() for name in names} == before
     shown = capsys.readouterr().out
     assert "labels look wrong" in shown
-    assert "held-out accuracy: " in shown
+    assert "held-out accuracy:\n" in shown
     for place in ("model", "labels.csv", "suspects.html"):
         assert str(cleaned / place) in shown
 
