@@ -81,6 +81,13 @@ def test_a_run_learns(tmp_path):
     assert last["running_given"] > first["running_given"] + 0.2
 
 
+def test_a_run_that_begins_from_another_compiles_its_step_once(finished, tmp_path):
+    config = dataclasses.replace(PLAIN, pretrained=str(finished), seed=7, learning_rate=0.0123)
+    run(config, tmp_path)
+    _, program = tiny.build(config)
+    assert (program.step._cache_size(), program.new_epoch._cache_size()) == (1, 1)
+
+
 def test_every_file_of_a_run(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
         "checkpoints", "config.json", "data.json", "environment.json", "lock", "metrics.jsonl",
