@@ -19,7 +19,7 @@ train.
 
 Once some arms are finished, `python -m train.experiments.practice` writes
 ``docs/results/practice.json``, CASE/METHOD -> {last, stopped, best, fitted, seconds: {mean, std}},
-and the tables of ``practice.md`` from it.
+and the tables of ``practice.md`` from it; rows whose runs are not here stay as they are.
 """
 
 import dataclasses
@@ -349,12 +349,15 @@ def near_first(table: dict[str, Any], method: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Writes what is finished."""
+    """Writes what is finished; rows whose runs are elsewhere stay as they are."""
     from train.experiments import runner
 
     out = pathlib.Path("docs/results")
-    table = collect(runner.ROOT)
-    (out / "practice.json").write_text(json.dumps(table, indent=1) + "\n")
+    file = out / "practice.json"
+    found = {**json.loads(file.read_text(encoding="utf-8")), **collect(runner.ROOT)}
+    rows = [f"{name}/{x}" for name, case in _cases("laptop").items() for x in case.methods]
+    table = {row: found[row] for row in rows if row in found}
+    file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     (out / "practice.md").write_text(markdown(table))
     parts = []
     for title, cases in _SHOWN.items():
