@@ -125,6 +125,10 @@ def test_the_tables_of_practice(tmp_path):
         (run / "metrics.jsonl").write_text("{}\n")
     table = practice.collect(tmp_path)
     assert list(table) == ["fashion-noise50/sgd_random", "fashion-noise50/coherent"]
+    known = {"digits-clean/elr": {}, "fashion-noise50/coherent": {}, "fashion-noise50/gone": {}}
+    assert practice.merged(known, table) == table  # arms that the study no longer has are dropped
+    known = {"fashion-noise50/elr": {"seeds": [0]}, "fashion-noise50/coherent": {}}
+    assert practice.merged(known, table) == {**known, **table}
     row = table["fashion-noise50/sgd_random"]
     assert row["stopped"] == {"mean": 73.0, "std": 1.41}
     assert row["seeds"] == [0, 1]

@@ -241,6 +241,12 @@ def collect(root: pathlib.Path, scale: Scale = "laptop") -> dict[str, Any]:
     return table
 
 
+def merged(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The rows of both, those that are found in place of those that are known, in order."""
+    rows = [f"{name}/{x}" for name, case in _cases("laptop").items() for x in case.methods]
+    return {row: {**known, **found}[row] for row in rows if row in known or row in found}
+
+
 def markdown(table: dict[str, Any]) -> str:
     """A table for every case; test accuracy in percent, the highest last and stopped in bold."""
     lines = []
@@ -354,9 +360,7 @@ def main() -> None:
 
     out = pathlib.Path("docs/results")
     file = out / "practice.json"
-    found = {**json.loads(file.read_text(encoding="utf-8")), **collect(runner.ROOT)}
-    rows = [f"{name}/{x}" for name, case in _cases("laptop").items() for x in case.methods]
-    table = {row: found[row] for row in rows if row in found}
+    table = merged(json.loads(file.read_text(encoding="utf-8")), collect(runner.ROOT))
     file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     (out / "practice.md").write_text(markdown(table))
     parts = []
