@@ -16,7 +16,7 @@ test: $(VENV)/.dev
 slow: $(VENV)/.dev
 	$(PY) -m pytest -n 2 -m slow
 
-# The rule against its oracle, a thousand cases a test.
+# The rule against its oracle, 250 cases a test.
 oracle: $(VENV)/.dev
 	HYPOTHESIS_PROFILE=ci $(PY) -m pytest -n 2 tests/optax_bilevel/test_rule.py
 

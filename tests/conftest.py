@@ -19,6 +19,6 @@ hypothesis.settings.register_profile(
     phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink),
 )
 hypothesis.settings.register_profile(
-    "ci", hypothesis.settings.get_profile("default"), max_examples=1000
+    "ci", hypothesis.settings.get_profile("default"), max_examples=250
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

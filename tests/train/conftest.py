@@ -1,10 +1,21 @@
-"""What the tests of data sets share."""
+"""How the tests of training compile, and what those of data sets share."""
 
 import pathlib
+from collections.abc import Iterator
 
+import jax
 import pytest
 
 from tests.train.known import some
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly() -> Iterator[None]:
+    """XLA optimizes what runs a few times here; processes of their own, as the demo, it does."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
