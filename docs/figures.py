@@ -3,6 +3,7 @@
 ``python docs/figures.py`` writes `docs/suspects.txt`, the table of rankings.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -175,6 +176,7 @@ def _states(page: str, words: str) -> None:
     assert words in " ".join(page.split()), f"the page does not say: {words}"
 
 
+@functools.cache
 def _load(name: str) -> dict[str, Any]:
     return json.loads((_DOCS / "results" / name).read_text(encoding="utf-8"))
 

@@ -225,13 +225,15 @@ def said(summary: dict[str, Any], out: pathlib.Path) -> Iterator[str]:
         summary[f"held_out_{name}"] for name in ("before", "after", "after_as_came")
     )
     yield "held-out accuracy:"
-    yield f"  {before:.1f}% before, {after:.1f}% after, where only labels that look right are left"
     if as_came is not None and wrong:
         error = 100 * math.sqrt(before / 100 * (1 - before / 100) / summary["held_out"])
         yield (
-            f"  {as_came:.1f}% after by all held-out labels, wrong ones among them; "
-            f"{2 * error:.1f} more or less may be chance"
+            f"  {before:.1f}% before, {as_came:.1f}% after, by all labels, wrong ones among them; "
+            f"differences of {2 * error:.1f} may be chance"
         )
+        yield f"  {after:.1f}% after, by the labels that look right"
+    else:
+        yield f"  {before:.1f}% before, {after:.1f}% after"
     if summary["test_before"] is not None and summary["test_after"] is not None:
         yield (
             f"test accuracy: {summary['test_before']:.1f}% before, "

@@ -207,6 +207,10 @@ _SHOWN = {
         "cifarnet-noise0": "CifarNet, clean",
         "cifarnet-noise50": "50% wrong",
     },
+    "Fashion-MNIST, 600 images, convolutions, 50% wrong": {
+        "inception-noise50": "small Inception",
+        "preact-noise50": "PreActResNet-18",
+    },
 }
 """Tables of the overview: heading -> CASE -> heading of its column."""
 
