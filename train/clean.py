@@ -217,23 +217,25 @@ def _as_came(run: trainer.Saved, epoch: export.Epoch, first: trainer.Problem) ->
 def said(summary: dict[str, Any], out: pathlib.Path) -> Iterator[str]:
     """The summary for a reader, in lines."""
     examples, wrong, never = (summary[name] for name in ("examples", "wrong", "never"))
-    yield f"{wrong:,} of {examples:,} labels look wrong"
-    if wrong:
-        yield f"  {never:,} of these no epoch predicted: where truth was known, 84 to 100% were wrong"
-        yield f"  of the other {wrong - never:,}, 30 to 90% were"
     before, after, as_came = (
         summary[f"held_out_{name}"] for name in ("before", "after", "after_as_came")
     )
-    yield "held-out accuracy:"
-    if as_came is not None and wrong:
-        error = 100 * math.sqrt(before / 100 * (1 - before / 100) / summary["held_out"])
-        yield (
-            f"  {before:.1f}% before, {as_came:.1f}% after, by all labels, wrong ones among them; "
-            f"differences of {2 * error:.1f} may be chance"
-        )
-        yield f"  {after:.1f}% after, by the labels that look right"
+    yield f"{wrong:,} of {examples:,} labels look wrong"
+    if not wrong:
+        yield f"held-out accuracy: {before:.1f}% before, {after:.1f}% after"
     else:
-        yield f"  {before:.1f}% before, {after:.1f}% after"
+        yield f"  {never:,} no epoch predicted: where truth was known, 84 to 100% of such were wrong"
+        yield f"  of the other {wrong - never:,}, 30 to 90% were"
+        yield "held-out accuracy:"
+        if as_came is None:
+            yield f"  {before:.1f}% before, by all labels, wrong ones among them"
+        else:
+            error = 100 * math.sqrt(before / 100 * (1 - before / 100) / summary["held_out"])
+            yield (
+                f"  {before:.1f}% before, {as_came:.1f}% after, by all labels, wrong ones among "
+                f"them; {2 * error:.1f} more or less may be chance"
+            )
+        yield f"  {after:.1f}% after, by the labels that look right"
     if summary["test_before"] is not None and summary["test_after"] is not None:
         yield (
             f"test accuracy: {summary['test_before']:.1f}% before, "
