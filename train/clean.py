@@ -224,8 +224,8 @@ def said(summary: dict[str, Any], out: pathlib.Path) -> Iterator[str]:
     if not wrong:
         yield f"held-out accuracy: {before:.1f}% before, {after:.1f}% after"
     else:
-        yield f"  {never:,} no epoch predicted: where truth was known, 84 to 100% of such were wrong"
-        yield f"  of the other {wrong - never:,}, 30 to 90% were"
+        yield f"  {never:,} are surest, no epoch predicted them: of such, 84 to 100% were wrong"
+        yield f"  {wrong - never:,} are less sure: of such, 30 to 90% were, where truth was known"
         yield "held-out accuracy:"
         if as_came is None:
             yield f"  {before:.1f}% before, by all labels, wrong ones among them"
