@@ -72,7 +72,6 @@ def first(batches):
     [
         small,
         pytest.param(lambda: named("cifarnet", 8), marks=pytest.mark.slow, id="cifarnet"),
-        pytest.param(lambda: named("inception", 28), marks=pytest.mark.slow, id="inception"),
         pytest.param(
             lambda: named("preact_resnet18", 8, dropout_rate=0.3),
             marks=pytest.mark.slow,
