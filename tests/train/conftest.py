@@ -10,10 +10,11 @@ from tests.train.known import some
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_quickly() -> Iterator[None]:
-    """XLA optimizes what runs a few times here; processes of their own, as the demo, it does."""
+def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What runs a few times is not worth optimizing; a module whose `LONG` is true runs long."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    quickly = not getattr(request.module, "LONG", False)
+    jax.config.update("jax_disable_most_optimizations", quickly)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

@@ -15,6 +15,7 @@ from train.demo import Demo
 from train.run_directory import read_metrics
 from train.sums import OMEGA_BINS, SHARE_BINS
 
+LONG = True  # the demo itself, compiled as users have it
 METHODS = ("sgd", "uniform", "bilevel", "bilevel_exact", "coherent")
 TINY = {"train_size": 160, "hidden": (16,), "k": 4, "b": 8, "epochs": 2}
 
