@@ -132,8 +132,6 @@ def _first_state(
         state = program.init(init_key)
         if config.pretrained is not None and config.weights_file is None:
             state = saved.with_network_of(pathlib.Path(config.pretrained), state)
-            if program.layout is None:  # else its step compiles again: only a part has a device
-                state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, program.like))
     return state, step_key
 
 

@@ -142,7 +142,8 @@ def _build(
     # for resnet_small and with fewer in 5 s, for the same bits.
     cpu = next(iter(jax.tree.leaves(shardings)[0].device_set)).platform == "cpu"
     quickly = {"xla_backend_optimization_level": 1} if cpu else None
-    start = jax.jit(functions.init, compiler_options=quickly, **on_mesh)
+    # On its device, as what a checkpoint or another run gives: mixed, a step would compile twice.
+    start = jax.jit(functions.init, compiler_options=quickly, out_shardings=shardings)
 
     def init(key: jax.Array) -> State:
         if config.weights_file is None:
