@@ -127,7 +127,7 @@ def practice() -> None:
     better = sum(gain >= 0 for gain in above)
     _states(
         page,
-        f"| holds | in {better} of {len(rows)} cases; in the sixth {-min(above):.1f} below |",
+        f"| holds | in {better} of {len(rows)} cases; in the seventh {-min(above):.1f} below |",
     )
 
 
