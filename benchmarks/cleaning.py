@@ -1,6 +1,6 @@
 """The model after cleaning: `python -m train clean` against cleanlab's CleanLearning.
 
-    python -m benchmarks.cleaning --data-dir FASHION_MNIST [--seeds 0 1 2]
+    python -m benchmarks.cleaning --data-dir FASHION_MNIST [--seeds 0 1 2] [--cases CASE]
 
 Both get the same pictures, some filed wrongly, and the same network, epochs, batches and learning
 rate: `clean` trains by coherent steps, ranks, and trains further without the labels that look
@@ -44,8 +44,9 @@ CASES = {
     for noise in suspects.NOISE.values()
 }
 # What `clean` does with such pictures: a residual network, whose training is more than compiling.
-OWN = "Fashion-MNIST, 2,000, 50% wrong, residual network"
-CASES[OWN] = ("fashion_mnist", "symmetric", 0.5, AUTO, (2000, 2000))
+CASES["Fashion-MNIST, 2,000, 50% wrong, residual network"] = (
+    "fashion_mnist", "symmetric", 0.5, AUTO, (2000, 2000),
+)  # fmt: skip
 METHODS = ("plain", "clean", "cleanlearning")
 
 
@@ -196,7 +197,10 @@ class Options:
 
 
 def main(options: Options, console: Console) -> None:
-    """Measures all cases and seeds."""
+    """Measures the cases and seeds of the options."""
+    for case in options.cases:
+        if case not in CASES:
+            raise SystemExit(f"unknown case {case!r}; known: {'; '.join(CASES)}")
     options.runs.parent.mkdir(parents=True, exist_ok=True)
     lines = options.runs.read_text().splitlines() if options.runs.exists() else []
     cells = [json.loads(line) for line in lines]
@@ -211,8 +215,7 @@ def main(options: Options, console: Console) -> None:
                     file.write(json.dumps(cell) + "\n")
                 shown = {m: {x: round(v, 1) for x, v in cell[m].items()} for m in METHODS}
                 console.print(case, seed, shown)
-            table = {**kept, **summary(cells)}
-            table = {case: table[case] for case in CASES if case in table}
+            table = arms.merged(kept, summary(cells), CASES)
             options.out.write_text(json.dumps(table, indent=1) + "\n")
             options.out.with_suffix(".md").write_text(markdown(table))
 

@@ -111,6 +111,14 @@ def rounded(results: list[dict[str, Any]], names: Collection[str]) -> dict[str, 
     }
 
 
+def merged(
+    known: Mapping[str, Any], found: Mapping[str, Any], order: Iterable[str]
+) -> dict[str, Any]:
+    """The rows of both tables that `order` has: what is found in place of what is known."""
+    both = {**known, **found}
+    return {row: both[row] for row in order if row in both}
+
+
 def in_words(result: dict[str, Any]) -> str:
     """The accuracies of a finished run, in a line."""
     figures = [

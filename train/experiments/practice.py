@@ -247,9 +247,8 @@ def collect(root: pathlib.Path, scale: Scale = "laptop") -> dict[str, Any]:
 
 def merged(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """The rows of both, those that are found in place of those that are known, in order."""
-    both = {**known, **found}
     rows = [f"{name}/{x}" for name, case in _cases("laptop").items() for x in case.methods]
-    return {row: both[row] for row in rows if row in both}
+    return arms.merged(known, found, rows)
 
 
 def markdown(table: dict[str, Any]) -> str:
